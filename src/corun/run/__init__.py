@@ -1,0 +1,1 @@
+"""A run: its configuration, its records, its directory and its manifest."""
