@@ -1,0 +1,259 @@
+"""config.json: what to train, what to serve, and how to measure it, checked before anything starts.
+
+The file of the original research code loads unchanged: `train` and `infer` lists whose entries have `arch`
+("None" = without), `workers`, `epochs`, `batch_size`, `image_size`, `device`. Every key of ours is optional.
+All problems of a file are reported at once, with the path of the key and the nearest known one.
+
+Only the launcher imports this module: pydantic costs 60 ms and 10 MB in every process that does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from corun.errors import InputError, suggest
+
+Arm = Literal["alone", "train", "corun"]
+ARMS: tuple[Arm, ...] = ("alone", "train", "corun")
+Precision = Literal["fp32", "bf16", "fp16"]
+NONE = "none"
+DEFAULT_DURATION_S = 10.0
+
+
+def _no_arch(value: Any) -> Any:
+    return NONE if value is None or (isinstance(value, str) and value.strip().lower() == NONE) else value
+
+
+Arch = Annotated[str, BeforeValidator(_no_arch)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Train(_Model):
+    """One training job; arch "None" = no training."""
+
+    arch: Arch
+    data: str = "digits"
+    workers: Annotated[int, Field(ge=0)] = 0
+    epochs: Annotated[int, Field(ge=0)] = 0
+    batch_size: Positive = 16
+    image_size: Positive | None = None
+    num_classes: Positive | None = None
+    count: Positive = 1024
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    weights: str | None = None
+    threads: Positive | None = None
+    checkpoint: bool = False
+    extra: dict[str, Any] = {}
+    verbose: bool | None = Field(None, description="a key of the original; has no effect")
+
+
+class Service(_Model):
+    """One service and the load its client sends; arch "None" = no inference."""
+
+    arch: Arch
+    name: str | None = None
+    rate: Annotated[float, Field(ge=0)] = Field(10.0, description="requests/s; 0 = the Azure trace")
+    process: str | dict[str, Any] = "poisson"
+    mode: Literal["open", "closed", "paced"] = "open"
+    data: str = "sample"
+    count: Positive = 64
+    image_size: Positive | None = None
+    num_classes: Positive | None = None
+    device: str = "auto"
+    precision: Precision = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    weights: str | None = None
+    threads: Positive = 1
+    queue_limit: Positive = 1024
+    max_batch: Positive = 1
+    max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    policy: str = "fifo"
+    extra: dict[str, Any] = {}
+    batch_size: int | None = Field(None, description="a key of the original; has no effect: see max_batch")
+    workers: int | None = Field(None, description="a key of the original; has no effect")
+    epochs: int | None = Field(None, description="a key of the original; has no effect")
+    verbose: bool | None = Field(None, description="a key of the original; has no effect")
+
+    @property
+    def label(self) -> str:
+        """Name of the service in files and tables."""
+        return self.name or self.arch
+
+
+def _group(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _per_arm(value: Any) -> Any:
+    return dict.fromkeys(ARMS, value) if isinstance(value, int | float | str) else value
+
+
+Group = Annotated[tuple[Service, ...], BeforeValidator(_group)]
+Durations = Annotated[dict[Arm, Seconds], BeforeValidator(_per_arm)]
+
+
+class Config(_Model):
+    """A grid: every training job against every set of services, in the arms asked for.
+
+    `infer` entries are one service or a list of services that are served together.
+    """
+
+    train: tuple[Train, ...] = (Train(arch=NONE),)
+    infer: tuple[Group, ...] = ((Service(arch=NONE),),)
+    arms: tuple[Arm, ...] = ARMS
+    duration_s: Durations = Field({}, description="seconds of a window: one number, or one per arm; default 10")
+    repeat: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 54100
+    period_s: Annotated[float, Field(gt=0)] = 1.0
+    drain_timeout_s: Seconds = 10.0
+    start_timeout_s: Seconds = 180.0
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_once(cls, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+        if not arms:
+            raise ValueError("name at least one of alone, train, corun")
+        if len(set(arms)) != len(arms):
+            raise ValueError("an arm stands twice")
+        return arms
+
+    @field_validator("train", "infer")
+    @classmethod
+    def _at_least_none(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        return entries or (({"arch": NONE},))
+
+    def duration(self, arm: Arm) -> float:
+        """Seconds of one window of an arm."""
+        return self.duration_s.get(arm, DEFAULT_DURATION_S)
+
+
+class Pair(_Model):
+    """One cell of the grid, fully resolved: one training job beside one set of services."""
+
+    train: Train | None
+    services: tuple[Service, ...]
+    arms: tuple[Arm, ...]
+    config: Config
+
+    @property
+    def train_label(self) -> str:
+        """The original's training label, e.g. resnet50_16, or none."""
+        return f"{self.train.arch}_{self.train.batch_size}" if self.train else NONE
+
+    @property
+    def label(self) -> str:
+        """`resnet50_16 + yolov5n, resnet18` for tables and logs."""
+        return f"{self.train_label} + {', '.join(service.label for service in self.services) or NONE}"
+
+    def digest(self) -> str:
+        """sha256 of the resolved cell: the name of its directory in a sweep."""
+        return digest(self.resolved())
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that determines the measurement, as plain JSON values."""
+        rest = self.config.model_dump(mode="json", exclude={"train", "infer", "arms"})
+        return {
+            "train": self.train.model_dump(mode="json") if self.train else None,
+            "services": [service.model_dump(mode="json") for service in self.services],
+            "arms": list(self.arms),
+            **rest,
+        }
+
+
+def digest(value: Any) -> str:
+    """sha256 hex of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path) -> Config:
+    """Read config.json; InputError lists every problem with the key's path."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    return parse(value, str(path))
+
+
+def parse(value: Any, where: str = "config") -> Config:
+    """Check a config that is already in memory."""
+    if not isinstance(value, dict):
+        raise InputError(f'{where} must be a JSON object with "train" and "infer" lists')
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        problems = sorted({_sentence(problem, value) for problem in error.errors()})
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise InputError(f"{where} has {count}", problems) from error
+
+
+def pairs(config: Config) -> list[Pair]:
+    """Every (train, infer) cell with the arms that make sense for it, infer lists in the outer loop."""
+    cells = []
+    for entry in config.infer:
+        services = _named(tuple(service for service in entry if service.arch != NONE))
+        for job in config.train:
+            train = None if job.arch == NONE else job
+            possible = {"alone": bool(services), "train": train is not None, "corun": bool(services and train)}
+            arms = tuple(arm for arm in config.arms if possible[arm])
+            if arms:
+                cells.append(Pair(train=train, services=services, arms=arms, config=config))
+    return cells
+
+
+def _named(services: tuple[Service, ...]) -> tuple[Service, ...]:
+    """Distinct names: a second resnet18 becomes resnet18-2."""
+    seen: dict[str, int] = {}
+    named = []
+    for service in services:
+        label = service.label
+        seen[label] = seen.get(label, 0) + 1
+        name = label if seen[label] == 1 else f"{label}-{seen[label]}"
+        named.append(service.model_copy(update={"name": name}))
+    return tuple(named)
+
+
+def _sentence(problem: Any, value: dict[str, Any]) -> str:
+    location = _location(problem["loc"], value)
+    path = ".".join(str(part) for part in location) or "(top)"
+    if problem["type"] == "extra_forbidden":
+        model = Config if len(location) == 1 else Train if location[0] == "train" else Service
+        return f"{path}: unknown key{suggest(str(location[-1]), model.model_fields)}"
+    got = problem.get("input")
+    shown = f" (got {json.dumps(got)})" if isinstance(got, str | int | float | bool) else ""
+    return f"{path}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _location(loc: tuple[Any, ...], value: dict[str, Any]) -> list[Any]:
+    """The path as the user wrote it: a service that stands alone has no index inside its group."""
+    parts = [part for part in loc if part != "[key]"]
+    alone = parts[:1] == ["infer"] and len(parts) > 2 and not isinstance(value["infer"][parts[1]], list)
+    return parts[:2] + parts[3:] if alone else parts
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of config.json, for editors."""
+    return Config.model_json_schema()

@@ -1,0 +1,132 @@
+"""`python -m corun.train`: one training job, by hand or under a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corun.errors import InputError, guard
+from corun.process import StopSignal, available_cores, die_with_parent, set_threads
+from corun.registry import PRECISIONS
+from corun.train.options import OPTIMIZERS, TrainOptions
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="model to train")],
+    data: Annotated[str, typer.Option(help="data set, name:/root or folder")] = "digits",
+    batch_size: Annotated[int, typer.Option(help="samples per step")] = 16,
+    image_size: Annotated[int | None, typer.Option(help="side of the input; default: the model's")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="default: the data set's")] = None,
+    epochs: Annotated[int, typer.Option(help="0 = until stopped")] = 1,
+    steps: Annotated[int, typer.Option(help="stop after so many steps; 0 = no limit (by hand only)")] = 0,
+    lr: Annotated[float, typer.Option(help="learning rate")] = 0.01,
+    momentum: Annotated[float, typer.Option(help="of SGD")] = 0.9,
+    weight_decay: Annotated[float, typer.Option()] = 0.0,
+    optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = "sgd",
+    workers: Annotated[int, typer.Option(help="loader processes; 0 = in the trainer")] = 0,
+    count: Annotated[int, typer.Option(help="samples of a made data set")] = 1024,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    precision: Annotated[str, typer.Option(help=", ".join(PRECISIONS))] = "fp32",
+    channels_last: Annotated[bool, typer.Option()] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile")] = False,
+    weights: Annotated[str | None, typer.Option(help="default or a state dict file; none = random")] = None,
+    threads: Annotated[int, typer.Option(help="intra-op threads; 0 = all cores")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="written at every epoch's end and at the stop")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from --checkpoint")] = False,
+    extra: Annotated[str, typer.Option(help="model options as JSON")] = "{}",
+    out: Annotated[Path | None, typer.Option(help="directory for train.csv and events.csv")] = None,
+    control: Annotated[str | None, typer.Option(help="launcher's address")] = None,
+) -> None:
+    """Train one model, one CSV row per step."""
+    with guard():
+        threads = threads or available_cores()
+        set_threads(threads)
+        if control:
+            die_with_parent()
+        import torch
+
+        from corun.torch_tools import resolve_device
+
+        torch.set_num_threads(threads)
+        options = TrainOptions(
+            model=model,
+            data=data,
+            batch_size=batch_size,
+            image_size=image_size,
+            num_classes=num_classes,
+            epochs=epochs,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            workers=workers,
+            seed=seed,
+            count=count,
+            device=resolve_device(device),
+            precision=precision,
+            channels_last=channels_last,
+            compile=compile,
+            weights=weights,
+            checkpoint=checkpoint,
+            resume=resume,
+            extra=_json_object(extra),
+        )
+        run(options, steps, out, control)
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--extra is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError("--extra must be a JSON object")
+    return value
+
+
+def run(options: TrainOptions, steps: int, out: Path | None, control: str | None) -> None:
+    """Build the job, then train under the launcher at `control` or alone."""
+    from corun.train.session import Session, StepLog
+    from corun.train.trainer import Trainer
+    from corun.wire.channel import Channel
+    from corun.wire.sockets import Address, connect
+
+    log = StepLog(out, options.model)
+    with StopSignal() as stop:
+        trainer = Trainer(options)
+        trainer.warm_up()
+        log.event("ready", f"pid {os.getpid()}, {options.model} on {options.device}")
+        if control:
+            Session(trainer, Channel(connect(Address.parse(control))), log, stop).run()
+        else:
+            _alone(trainer, log, stop, steps)
+    log.close()
+
+
+def _alone(trainer: object, log: object, stop: StopSignal, steps: int) -> None:
+    from corun.train.session import StepLog, one_step, save
+    from corun.train.trainer import Trainer
+
+    assert isinstance(trainer, Trainer)
+    assert isinstance(log, StepLog)
+    while not stop.requested and not trainer.finished and not (steps and trainer.steps_done >= steps):
+        step = one_step(trainer, log)
+        if step.step % 10 == 0 or trainer.at_epoch_end:
+            print(
+                f"epoch {step.epoch} step {step.step}: loss {step.loss:.4f}, {step.samples_per_s:.1f} samples/s",
+                flush=True,
+            )
+    save(trainer, log)
+    print(f"{trainer.steps_done} steps done")
+
+
+if __name__ == "__main__":
+    app()

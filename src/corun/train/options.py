@@ -1,0 +1,42 @@
+"""What one training job is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One training job; every field lands in the manifest.
+
+    epochs: 0 = until stopped. data: a data set's name, `name:/root` or a folder. image_size and num_classes:
+    None = the model's and the data set's own. checkpoint: file that is replaced atomically at every epoch's end
+    and at the stop.
+    """
+
+    model: str
+    data: str = "digits"
+    batch_size: int = 16
+    image_size: int | None = None
+    num_classes: int | None = None
+    epochs: int = 0
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    optimizer: str = "sgd"
+    workers: int = 0
+    seed: int = 0
+    count: int = 1024
+    device: str = "cpu"
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    weights: str | None = None
+    checkpoint: Path | None = None
+    resume: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
