@@ -26,7 +26,7 @@ import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +84,7 @@ class YoloOptions:
     @classmethod
     def of(cls, extra: Mapping[str, Any]) -> YoloOptions:
         """Read the options; InputError lists every unknown name and every value out of range."""
-        known = {item.name: item.default for item in fields(cls)}
+        known = asdict(cls())
         problems = [f'"{name}" is unknown{suggest(name, known)}' for name in extra if name not in known]
         given = {name: value for name, value in extra.items() if name in known}
         problems += [problem for name, value in given.items() if (problem := _problem(name, value))]
@@ -355,7 +355,7 @@ def letterbox(image: images.Rgb, size: int) -> tuple[images.Rgb, Fit]:
     left, top = (size - new_width) // 2, (size - new_height) // 2
     square = np.full((size, size, 3), PAD_VALUE, dtype=np.uint8)
     if (new_height, new_width) != (height, width):
-        image = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+        image = np.asarray(cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR), np.uint8)
     square[top : top + new_height, left : left + new_width] = image
     return square, Fit(width, height, new_width / width, new_height / height, left, top)
 
