@@ -23,6 +23,8 @@ ARMS: tuple[Arm, ...] = ("alone", "train", "corun")
 Precision = Literal["fp32", "bf16", "fp16"]
 NONE = "none"
 DEFAULT_DURATION_S = 10.0
+START_S = 12.0
+BETWEEN_S = 1.5
 
 
 def _no_arch(value: Any) -> Any:
@@ -154,11 +156,18 @@ class Pair(_Model):
     services: tuple[Service, ...]
     arms: tuple[Arm, ...]
     config: Config
+    beside: str | None = Field(None, description="services run elsewhere, beside this job (a label for the log)")
+
+    @property
+    def expected_s(self) -> float:
+        """Expected wall time in seconds: all windows, and what starting and draining usually take."""
+        windows = [self.config.duration(arm) for arm in self.arms]
+        return START_S + self.config.repeat * sum(window + BETWEEN_S for window in windows)
 
     @property
     def train_label(self) -> str:
         """The original's training label, e.g. resnet50_16, or none."""
-        return f"{self.train.arch}_{self.train.batch_size}" if self.train else NONE
+        return self.beside or (f"{self.train.arch}_{self.train.batch_size}" if self.train else NONE)
 
     @property
     def label(self) -> str:
@@ -176,6 +185,7 @@ class Pair(_Model):
             "train": self.train.model_dump(mode="json") if self.train else None,
             "services": [service.model_dump(mode="json") for service in self.services],
             "arms": list(self.arms),
+            **({"beside": self.beside} if self.beside else {}),
             **rest,
         }
 

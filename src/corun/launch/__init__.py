@@ -1,0 +1,1 @@
+"""Starting, arming, watching and stopping the processes of a run."""

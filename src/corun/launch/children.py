@@ -1,0 +1,152 @@
+"""Child processes of a run: started with a logged command line, watched by pidfd, never orphaned.
+
+Every child gets its own process group, so the terminal's Ctrl-C reaches only the launcher, which then drains
+the others in order. It does not get its own session: under autogroup a new session is a scheduling group of
+its own, and `nice` or SCHED_IDLE of the trainer would mean nothing across its border.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from corun.clock import now_ns
+from corun.errors import RunFault
+from corun.registry import home
+from corun.wire.channel import Channel
+
+PYTHON = sys.executable
+LOG_TAIL_LINES = 12
+TERMINATE_WAIT_S = 5.0
+
+
+@dataclass
+class Child:
+    """One process: its role, its name, and the channel that controls it once it said HELLO."""
+
+    role: str
+    name: str
+    argv: tuple[str, ...]
+    log: Path
+    popen: subprocess.Popen[bytes]
+    pidfd: int
+    channel: Channel | None = None
+    hello: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.role} {self.name}"
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.poll() is None
+
+    def how_it_ended(self) -> str:
+        """`exited with 2: error: unknown model ...` or `was killed by SIGKILL`."""
+        code = self.popen.returncode
+        if code is None:
+            return "is running"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        tail = self.log_tail()
+        return f"exited with {code}" + (f": {tail}" if tail else "")
+
+    def log_tail(self) -> str:
+        """The error it printed, or its last lines."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        errors = [index for index, line in enumerate(lines) if line.startswith("error:")]
+        return "\n".join(lines[errors[-1] :] if errors else lines[-LOG_TAIL_LINES:])
+
+    def close(self) -> None:
+        """Release descriptors; the process must have ended."""
+        if self.channel:
+            self.channel.close()
+        os.close(self.pidfd)
+
+
+class Family:
+    """All children of one run; leaving the context stops whatever still runs."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._watch = directory / "processes.jsonl"
+        self.children: list[Child] = []
+        self._log(os.getpid(), "launcher", "launcher", sys.argv)
+
+    @property
+    def watch_file(self) -> Path:
+        """JSON lines {"pid", "role", "name", "t_ns", "argv"}: what the profiler watches."""
+        return self._watch
+
+    def start(self, role: str, name: str, argv: Sequence[str], environment: Mapping[str, str]) -> Child:
+        """Start one child; its output goes to logs/<role>-<name>.log."""
+        log = self._directory / "logs" / f"{role}-{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as output:
+            output.write(f"$ {shlex.join(argv)}\n".encode())
+            output.flush()
+            popen = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=home(),
+                env={**os.environ, "PYTHONPATH": str(home() / "src"), "PYTHONUNBUFFERED": "1", **environment},
+                process_group=0,
+            )
+        child = Child(role, name, tuple(argv), log, popen, os.pidfd_open(popen.pid))
+        self.children.append(child)
+        self._log(popen.pid, role, name, argv)
+        return child
+
+    def _log(self, pid: int, role: str, name: str, argv: Sequence[str]) -> None:
+        row = {"pid": pid, "role": role, "name": name, "t_ns": now_ns(), "argv": list(argv)}
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with open(self._watch, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def of(self, *roles: str) -> list[Child]:
+        """Living children of these roles, in the order they were started."""
+        return [child for child in self.children if child.role in roles and child.alive]
+
+    def dead(self) -> list[Child]:
+        """Children that ended."""
+        return [child for child in self.children if not child.alive]
+
+    def require_alive(self) -> None:
+        """RunFault naming every child that ended when none should have."""
+        ended = self.dead()
+        if ended:
+            raise RunFault("; ".join(f"{child.label} {child.how_it_ended()}" for child in ended))
+
+    def __enter__(self) -> Family:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.terminate()
+
+    def terminate(self) -> None:
+        """SIGTERM to all, then SIGKILL to what is left; waits for every one."""
+        for child in self.children:
+            if child.alive:
+                child.popen.terminate()
+        deadline = time.monotonic() + TERMINATE_WAIT_S
+        for child in self.children:
+            try:
+                child.popen.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.popen.kill()
+                child.popen.wait()
+            child.close()
+        self.children = []

@@ -1,0 +1,80 @@
+"""Where children report: one Unix socket in a private directory, one channel per child."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from corun.errors import PeerClosed, RunFault
+from corun.launch.children import Child, Family
+from corun.wire.channel import Channel
+from corun.wire.messages import Hello
+from corun.wire.sockets import Address, connect, listen
+
+POLL_S = 0.05
+
+
+class ControlSocket:
+    """The launcher's listening socket; a Unix path has to be short, so it does not live in the run directory."""
+
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="corun-"))
+        self.address = Address("unix", str(self._directory / "control.sock"))
+        self._socket = listen(self.address)
+        self._socket.settimeout(POLL_S)
+
+    def __enter__(self) -> ControlSocket:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def wait_for(self, children: list[Child], family: Family, timeout_s: float) -> None:
+        """Accept until each of `children` said HELLO; RunFault when one dies first or time runs out."""
+        waiting = {child.popen.pid: child for child in children}
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            family.require_alive()
+            if time.monotonic() > deadline:
+                names = ", ".join(child.label for child in waiting.values())
+                raise RunFault(f"{names} did not get ready within {timeout_s:.0f} s; see the logs directory")
+            try:
+                connection, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            channel = Channel(connection)
+            received = channel.receive(timeout_s=5.0)
+            header, hello = received or (None, None)
+            if header is None or not isinstance(hello, Hello) or hello.pid not in waiting:
+                channel.close()
+                continue
+            child = waiting.pop(hello.pid)
+            child.channel = channel
+            child.hello = {"model": hello.model, "device": hello.device, "version": hello.version, **hello.info}
+            channel.reply(header)
+
+
+def wait_for_server(child: Child, address: Address, family: Family, timeout_s: float) -> None:
+    """Connect to a starting server and wait until its model is loaded."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        family.require_alive()
+        try:
+            channel = Channel(connect(address, timeout_s=1.0))
+        except PeerClosed:
+            time.sleep(POLL_S)
+            continue
+        body = channel.request(Hello(role="launcher"), timeout_s=5.0)
+        if body.get("pid") not in (None, child.popen.pid):
+            channel.close()
+            raise RunFault(f"{address} is held by another server (pid {body['pid']}); choose another port")
+        if body.get("model"):
+            child.channel = channel
+            child.hello = body
+            return
+        channel.close()
+        time.sleep(POLL_S)
+    raise RunFault(f"{child.label} did not get ready within {timeout_s:.0f} s: {child.log_tail()}")
