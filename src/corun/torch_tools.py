@@ -7,6 +7,7 @@ Torch is imported inside functions, so importing this module is free. Options ar
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -51,6 +52,15 @@ def torch_device(name: str) -> torch.device:
         if (device.index or 0) >= found:
             raise InputError(f'device "{name}" is not there: this process sees {found} CUDA devices')
     return device
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes "cuda" where there is a CUDA device, else "cpu"; other names are checked and returned."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(torch_device(name))
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -101,9 +111,18 @@ def read_state_dict(path: str | Path, wrappers: Sequence[str] = ("state_dict", "
             break
     if not isinstance(state, Mapping) or not state or not all(hasattr(v, "shape") for v in state.values()):
         raise InputError(f"{path} is not a state dict (a mapping from names to tensors)")
-    names = list(state)
-    prefix = "module." if all(name.startswith("module.") for name in names) else ""
-    return {name.removeprefix(prefix): state[name] for name in names}
+    return _unprefixed(state)
+
+
+def _unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop a `module.` prefix all names share; keep `_metadata`, by which torch converts old layouts."""
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    plain: dict[str, Any] = OrderedDict((name.removeprefix(prefix), value) for name, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        cut = {name.removeprefix("module").removeprefix("."): value for name, value in versions.items()}
+        vars(plain)["_metadata"] = cut if prefix else versions
+    return plain
 
 
 def _read_torch(path: Path) -> Any:
@@ -132,22 +151,33 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def load_strict(module: torch.nn.Module, state: Mapping[str, Any], source: str | Path) -> None:
-    """Load `state` into `module`; InputError lists the first missing, unknown and misshapen names."""
+    """Load `state` into `module`; InputError lists the first missing, unknown and misshapen names.
+
+    Torch's own conversions of older layouts apply. A state without version marks (safetensors has none)
+    counts as the current layout.
+    """
     own = module.state_dict()
-    missing = [f"missing: {name}" for name in own if name not in state]
-    unknown = [f"unknown: {name}" for name in state if name not in own]
+    versioned = OrderedDict(state)
+    vars(versioned)["_metadata"] = getattr(state, "_metadata", None) or getattr(own, "_metadata", None)
+    try:
+        module.load_state_dict(versioned)
+    except (RuntimeError, ValueError) as error:
+        problems = _misfits(own, state) or [str(error)]
+        raise InputError(f"the weights in {source} do not fit {type(module).__name__}", problems) from None
+
+
+def _misfits(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """The first MAX_LISTED differences between a network's names and shapes and a file's."""
     misshapen = [
         f"shape of {name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network"
         for name in own
         if name in state and tuple(state[name].shape) != tuple(own[name].shape)
     ]
+    missing = [f"missing: {name}" for name in own if name not in state]
+    unknown = [f"unknown: {name}" for name in state if name not in own]
     problems = misshapen + missing + unknown
-    if problems:
-        shown = problems[:MAX_LISTED]
-        if len(problems) > MAX_LISTED:
-            shown.append(f"... and {len(problems) - MAX_LISTED} more")
-        raise InputError(f"the weights in {source} do not fit {type(module).__name__}", shown)
-    module.load_state_dict(dict(state))
+    more = len(problems) - MAX_LISTED
+    return problems[:MAX_LISTED] + ([f"... and {more} more"] if more > 0 else [])
 
 
 def place_for_serving(module: torch.nn.Module, options: Placement) -> torch.nn.Module:
