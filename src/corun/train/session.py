@@ -80,12 +80,11 @@ class Session:
             info=self._trainer.describe(),
         )
         self._channel.request(hello)
-        while not self._stop.requested:
-            select.select([self._channel.fileno(), self._stop.fileno()], [], [], self._seconds_to_start())
-            if not self._answer(block=False):
-                break
+        while not self._stop.requested and self._answer():
             if self._due():
                 self._train_window()
+            else:
+                select.select([self._channel.fileno(), self._stop.fileno()], [], [], self._seconds_to_start())
         save(self._trainer, self._log)
 
     def _seconds_to_start(self) -> float | None:
@@ -106,15 +105,15 @@ class Session:
                 break
             self._last = one_step(self._trainer, self._log)
             self._steps += 1
-            if not self._answer(block=False):
+            if not self._answer():
                 self._stop.request()
         self._running = False
 
-    def _answer(self, block: bool) -> bool:
+    def _answer(self) -> bool:
         """Answer what has arrived; False once the launcher said STOP or went away."""
         while True:
             try:
-                received = self._channel.receive(None if block else 0.0)
+                received = self._channel.receive(0.0)
                 if received is None:
                     return True
                 if not self._handle(*received, now_ns()):

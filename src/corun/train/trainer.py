@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -184,8 +185,9 @@ class Trainer:
                 raise InputError(f"{path} is a checkpoint of {state['name']}, not of {self.options.model}")
             self.trainable.module.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
-            raise InputError(f"cannot resume from {path}: {error}") from error
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError, UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"cannot resume from {path}: {reason}; is it a checkpoint of this program?") from error
         self.batches.seek(state["epoch"], state["index"])
         self.steps_done = state["steps_done"]
         torch.set_rng_state(state["rng"].cpu())

@@ -9,18 +9,30 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from corun.clock import Offset, Probe, estimate_offset, now_ns
 from corun.errors import FrameError, PeerClosed, RunFault
-from corun.wire.frames import NO_STAMPS, Kind, ReplyHeader, RequestHeader, Status, pack_reply, pack_request
+from corun.wire.frames import (
+    NO_STAMPS,
+    PREFIX_SIZE,
+    REPLY_SIZE,
+    REQUEST_SIZE,
+    Kind,
+    ReplyHeader,
+    RequestHeader,
+    Status,
+    is_reply,
+    pack_reply,
+    pack_request,
+    unpack_reply,
+    unpack_request,
+)
 from corun.wire.messages import Clock, Message, decode, decode_body, encode, kind_of
-from corun.wire.reader import Frame, ReplyReader, RequestReader
 
 CLOCK_PROBES = 16
 
-T = TypeVar("T")
+RECEIVE_SIZE = 64 << 10
 
 
 class Channel:
@@ -28,10 +40,9 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._requests = RequestReader()
-        self._replies = ReplyReader()
-        self._queued_requests: list[Frame] = []
-        self._queued_replies: list[Frame] = []
+        self._buffer = bytearray()
+        self._requests: list[tuple[RequestHeader, bytes]] = []
+        self._replies: list[tuple[ReplyHeader, bytes]] = []
         self._next_id = 1
 
     def fileno(self) -> int:
@@ -53,11 +64,12 @@ class Channel:
         """The body of the reply to `id`; RunFault when the peer answered with an error status."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            for index, frame in enumerate(self._queued_replies):
-                if frame.header.id == id:
-                    del self._queued_replies[index]
-                    return _checked(frame)
-            self._queued_replies += self._within(deadline, lambda: self._replies.receive(self.sock))
+            for index, (header, payload) in enumerate(self._replies):
+                if header.id == id:
+                    del self._replies[index]
+                    return _checked(header, payload)
+            if not self._receive_some(deadline):
+                raise PeerClosed(f"no answer within {timeout_s:g} s")
 
     def request(self, message: Message, timeout_s: float | None = 30.0) -> dict[str, Any]:
         """Send and wait for the answer's body.
@@ -69,16 +81,11 @@ class Channel:
     def receive(self, timeout_s: float | None = None) -> tuple[RequestHeader, Message] | None:
         """The next request, or None when none came within timeout_s (0 = only look)."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._queued_requests:
-            try:
-                frames = self._within(deadline, lambda: self._requests.receive(self.sock))
-            except TimeoutError:
+        while not self._requests:
+            if not self._receive_some(deadline):
                 return None
-            self._queued_requests += frames
-        frame = self._queued_requests.pop(0)
-        header = frame.header
-        assert isinstance(header, RequestHeader)
-        return header, decode(header.kind, frame.payload)
+        header, payload = self._requests.pop(0)
+        return header, decode(header.kind, payload)
 
     def reply(self, header: RequestHeader, body: dict[str, Any] | None = None, status: int = Status.OK) -> None:
         """Answer a request."""
@@ -105,27 +112,46 @@ class Channel:
         except OSError as error:
             raise PeerClosed(f"the connection broke: {error.strerror or error}") from error
 
-    def _within(self, deadline: float | None, receive: Callable[[], T]) -> T:
-        if deadline is None:
-            self.sock.settimeout(None)
-            return receive()
-        remaining = deadline - time.monotonic()
-        self.sock.settimeout(max(remaining, 0.0))
+    def _receive_some(self, deadline: float | None) -> bool:
+        """Wait for bytes until the deadline and sort whole frames; False when none came in time."""
         try:
-            frames = receive()
-        except PeerClosed as error:
-            if isinstance(error.__cause__, TimeoutError):
-                raise TimeoutError("no answer in time") from error
-            raise
-        if not frames and time.monotonic() >= deadline:
-            raise TimeoutError("no answer in time")
-        return frames
+            self.sock.settimeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            received = self.sock.recv(RECEIVE_SIZE)
+        except (BlockingIOError, TimeoutError):
+            return False
+        except OSError as error:
+            raise PeerClosed(f"the connection broke: {error.strerror or error}") from error
+        if not received:
+            raise PeerClosed("the peer closed" + " in the middle of a frame" * bool(self._buffer))
+        self._buffer += received
+        while self._take_frame():
+            pass
+        return True
+
+    def _take_frame(self) -> bool:
+        """Move one whole frame from the buffer to its queue."""
+        buffer = self._buffer
+        if len(buffer) < PREFIX_SIZE:
+            return False
+        reply = is_reply(buffer)
+        size = REPLY_SIZE if reply else REQUEST_SIZE
+        if len(buffer) < size:
+            return False
+        header = unpack_reply(buffer) if reply else unpack_request(buffer)
+        end = size + header.payload_len
+        if len(buffer) < end:
+            return False
+        payload = bytes(buffer[size:end])
+        del buffer[:end]
+        if isinstance(header, ReplyHeader):
+            self._replies.append((header, payload))
+        else:
+            self._requests.append((header, payload))
+        return True
 
 
-def _checked(frame: Frame) -> dict[str, Any]:
-    header = frame.header
-    assert isinstance(header, ReplyHeader)
-    body = decode_body(frame.payload)
+def _checked(header: ReplyHeader, payload: bytes) -> dict[str, Any]:
+    body = decode_body(payload)
     if header.status != Status.OK:
         raise RunFault(str(body.get("error") or f"the peer answered {Status(header.status).name}"))
     return body

@@ -5,6 +5,7 @@
     reply    magic u32 | version u16 | kind u16 | flags u32 | stream u32 | id u64 | status u32
              | 10 x stamp i64 | payload_len u64 | batch u32 | crc32 u32 | pad u32
 
+Bit 31 of flags marks a reply, so one stream can carry both directions' requests and replies (control channels).
 crc32 covers the header before it, not the payload: over 150 KB it would cost more than the round trip.
 Nothing on the wire is executable: no pickle, no eval.
 """
@@ -12,16 +13,17 @@ Nothing on the wire is executable: no pickle, no eval.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zlib import crc32
 
 from corun.errors import FrameError
 
 MAGIC = 0x4E555243  # b"CRUN"
 VERSION = 1
 MAX_PAYLOAD = 64 << 20
+REPLY_FLAG = 1 << 31
 
 STAMPS = (
     "rx_first",
@@ -43,7 +45,12 @@ REQUEST_SIZE = REQUEST.size
 REPLY_SIZE = REPLY.size
 _REQUEST_HEAD = struct.Struct("<IHHIIQQqqQ")
 _REPLY_HEAD = struct.Struct("<IHHIIQI10qQI")
+_PREFIX = struct.Struct("<IHHI")
+PREFIX_SIZE = _PREFIX.size
 _CRC = struct.Struct("<II")
+
+Buffer = bytes | bytearray | memoryview
+_new = tuple.__new__
 
 
 class Kind(IntEnum):
@@ -119,7 +126,7 @@ def pack_request(
     if payload_len > MAX_PAYLOAD:
         raise FrameError(f"a payload of {payload_len} bytes is over the limit of {MAX_PAYLOAD}")
     head = _REQUEST_HEAD.pack(MAGIC, VERSION, kind, flags, stream, id, payload_len, t_intended, t_tx, shape)
-    return head + _CRC.pack(zlib.crc32(head), 0)
+    return head + _CRC.pack(crc32(head), 0)
 
 
 def pack_request_into(
@@ -135,7 +142,7 @@ def pack_request_into(
 ) -> None:
     """Write a request header over the first 64 bytes of `buffer` (the sender's hot path: no allocation kept)."""
     _REQUEST_HEAD.pack_into(buffer, 0, MAGIC, VERSION, kind, flags, stream, id, payload_len, t_intended, t_tx, shape)
-    _CRC.pack_into(buffer, 56, zlib.crc32(memoryview(buffer)[:56]), 0)
+    _CRC.pack_into(buffer, 56, crc32(memoryview(buffer)[:56]), 0)
 
 
 def pack_reply(
@@ -151,42 +158,53 @@ def pack_reply(
     """A reply header with ten stamps; raises FrameError when the payload is over MAX_PAYLOAD."""
     if payload_len > MAX_PAYLOAD:
         raise FrameError(f"a reply of {payload_len} bytes is over the limit of {MAX_PAYLOAD}")
-    head = _REPLY_HEAD.pack(MAGIC, VERSION, kind, flags, stream, id, status, *stamps, payload_len, batch)
-    return head + _CRC.pack(zlib.crc32(head), 0)
+    head = _REPLY_HEAD.pack(MAGIC, VERSION, kind, flags | REPLY_FLAG, stream, id, status, *stamps, payload_len, batch)
+    return head + _CRC.pack(crc32(head), 0)
 
 
-def _check(magic: int, version: int, kind: int, payload_len: int, max_payload: int) -> None:
+def _explain(fields: Sequence[int], payload_len: int, max_payload: int) -> FrameError:
+    magic, version, kind = fields[:3]
     if magic != MAGIC:
-        raise FrameError(f"not a corun frame: magic {magic:#010x} instead of {MAGIC:#010x}")
+        return FrameError(f"not a corun frame: magic {magic:#010x} instead of {MAGIC:#010x}")
     if version != VERSION:
-        raise FrameError(f"protocol version {version}; this side speaks version {VERSION}")
+        return FrameError(f"protocol version {version}; this side speaks version {VERSION}")
     if kind not in KINDS:
-        raise FrameError(f"unknown frame kind {kind}")
+        return FrameError(f"unknown frame kind {kind}")
     if payload_len > max_payload:
-        raise FrameError(f"a payload of {payload_len} bytes is over the limit of {max_payload}")
+        return FrameError(f"a payload of {payload_len} bytes is over the limit of {max_payload}")
+    return FrameError("the header's checksum does not match its content")
 
 
-def unpack_request(
-    buffer: bytes | bytearray | memoryview, offset: int = 0, max_payload: int = MAX_PAYLOAD
-) -> RequestHeader:
+def _fields(layout: struct.Struct, buffer: Buffer, offset: int) -> tuple[Any, ...]:
+    try:
+        return layout.unpack_from(buffer, offset)
+    except struct.error:
+        raise FrameError(f"a header of {len(buffer) - offset} bytes; it has {layout.size}") from None
+
+
+def unpack_request(buffer: Buffer, offset: int = 0, max_payload: int = MAX_PAYLOAD) -> RequestHeader:
     """The request header at `offset`; FrameError names what is wrong with it."""
-    (magic, version, kind, flags, stream, id, payload_len, t_intended, t_tx, shape, crc, _) = REQUEST.unpack_from(
-        buffer, offset
-    )
-    _check(magic, version, kind, payload_len, max_payload)
-    if crc != zlib.crc32(memoryview(buffer)[offset : offset + 56]):
-        raise FrameError("the request header's checksum does not match its content")
-    return RequestHeader(kind, flags, stream, id, payload_len, t_intended, t_tx, shape)
+    fields = _fields(REQUEST, buffer, offset)
+    if (
+        fields[0] != MAGIC
+        or fields[1] != VERSION
+        or fields[2] not in KINDS
+        or fields[6] > max_payload
+        or fields[10] != crc32(buffer[offset : offset + 56])
+    ):
+        raise _explain(fields, fields[6], max_payload)
+    return _new(RequestHeader, fields[2:10])
 
 
-def unpack_reply(
-    buffer: bytes | bytearray | memoryview, offset: int = 0, max_payload: int = MAX_PAYLOAD
-) -> ReplyHeader:
+def unpack_reply(buffer: Buffer, offset: int = 0, max_payload: int = MAX_PAYLOAD) -> ReplyHeader:
     """The reply header at `offset`; FrameError names what is wrong with it."""
-    fields = REPLY.unpack_from(buffer, offset)
-    magic, version, kind, flags, stream, id, status = fields[:7]
-    payload_len, batch, crc = fields[17], fields[18], fields[19]
-    _check(magic, version, kind, payload_len, max_payload)
-    if crc != zlib.crc32(memoryview(buffer)[offset : offset + 120]):
-        raise FrameError("the reply header's checksum does not match its content")
-    return ReplyHeader(kind, flags, stream, id, status, fields[7:17], payload_len, batch)
+    fields = _fields(REPLY, buffer, offset)
+    if (
+        fields[0] != MAGIC
+        or fields[1] != VERSION
+        or fields[2] not in KINDS
+        or fields[17] > max_payload
+        or fields[19] != crc32(buffer[offset : offset + 120])
+    ):
+        raise _explain(fields, fields[17], max_payload)
+    return _new(ReplyHeader, (*fields[2:7], fields[7:17], fields[17], fields[18]))
