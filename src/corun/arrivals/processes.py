@@ -212,6 +212,14 @@ class Mmpp:
         x = leave * window_s
         return 1 + 2 * variance / (self.rate * leave) * (1 + math.expm1(-x) / x)
 
+    @property
+    def interval_cv(self) -> float:
+        """Coefficient of variation of the gaps (squared: 1 plus a term in the difference of the two rates)."""
+        high, low = self.on_rate, self.on_rate * self.floor
+        end_on, end_off = 1 / self.on_s, 1 / self.off_s
+        spread = 2 * end_on * end_off * (high - low) ** 2
+        return math.sqrt(1 + spread / ((end_on + end_off) ** 2 * (high * low + high * end_off + low * end_on)))
+
     def draw(self, rng: np.random.Generator, duration_s: float) -> Seconds:
         [switches] = rng.spawn(1)
         on_first = bool(switches.random() < self.on_s / (self.on_s + self.off_s))

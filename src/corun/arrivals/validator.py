@@ -81,10 +81,10 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """`pass`, `fail`, or `cannot tell` when no check had enough data."""
+        """`pass`, `fail`, or `cannot tell` when there was too little data to judge more than the count."""
         if any(check.passed is False for check in self.checks):
             return "fail"
-        return "pass" if any(check.passed for check in self.checks) else "cannot tell"
+        return "pass" if any(check.passed and check.name != "count" for check in self.checks) else "cannot tell"
 
     @property
     def passed(self) -> bool:
@@ -204,7 +204,7 @@ def _constant(stamps_s: Seconds, process: Constant, duration_s: float, jitter_s:
     expected = process.draw(np.random.default_rng(0), duration_s).size
     count = _band("count", stamps_s.size, expected, expected)
     if stamps_s.size < 2:
-        return [count]
+        return [count, _undecided("gaps", f"{stamps_s.size} arrivals have no gap")]
     gaps = np.diff(stamps_s)
     off_s = float(np.abs(gaps - 1 / process.rate).max())
     return [
@@ -239,15 +239,20 @@ def _gamma(stamps_s: Seconds, process: Gamma, duration_s: float, jitter_s: float
 
 
 def _mmpp(stamps_s: Seconds, process: Mmpp, duration_s: float) -> list[Check]:
-    """Bursts: the count, and the dispersion at the burst's own scale within a factor of two of its formula."""
+    """Bursts: count, CV, and dispersion at the scales of one burst and of five cycles, against their formulas."""
     count = _count(stamps_s.size, process.rate * duration_s, process.dispersion(duration_s))
-    windows = int(duration_s / process.on_s)
-    if windows < 10 * FEWEST_WINDOWS:
-        few = f"{windows} windows of {process.on_s:g} s, {10 * FEWEST_WINDOWS} needed"
-        return [count, _undecided("dispersion@on", few)]
-    due = process.dispersion(process.on_s)
-    found = dispersion(stamps_s, process.on_s, duration_s)
-    return [count, _band("dispersion@on", found, due / 2, due * 2, f"these bursts have {due:.3g}, Poisson 1")]
+    long_s = 5 * (process.on_s + process.off_s)
+    needed_s = FEWEST_WINDOWS * long_s
+    if duration_s < needed_s or stamps_s.size < FEWEST_ARRIVALS:
+        few = f"{stamps_s.size} arrivals in {duration_s:g} s; {FEWEST_ARRIVALS} in {needed_s:g} s needed"
+        return [count, _undecided("bursts", few)]
+    due = process.interval_cv
+    checks = [count, _band("cv", cv(np.diff(stamps_s)), due * 0.8, due * 1.25, f"these bursts have CV {due:.3g}")]
+    for name, window_s in (("dispersion@on", process.on_s), ("dispersion@long", long_s)):
+        index = process.dispersion(window_s)
+        found = dispersion(stamps_s, window_s, duration_s)
+        checks.append(_band(name, found, index / 2, index * 2, f"these bursts have {index:.3g}, Poisson 1"))
+    return checks
 
 
 def _uniform_in_bins(stamps_s: Seconds, process: MinuteCounts) -> Check:
