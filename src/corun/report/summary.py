@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corun.clock import NS_PER_S
-from corun.report.read import Table, read_table, select
 from corun.run.directory import read_manifest, write_json
+from corun.run.read import Table, Window, read_table, select
+from corun.run.read import windows as windows_of
 from corun.run.records import INFER_CLIENT, SUMMARY, TRAIN, names
 from corun.run.table import TableWriter
 from corun.stats import percentile
@@ -26,21 +26,6 @@ Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
 _QUANTILES = (50, 90, 95, 99)
-
-
-@dataclass(frozen=True)
-class Window:
-    """One measured window of the manifest."""
-
-    segment: int
-    arm: str
-    repeat: int
-    start_ns: int
-    stop_ns: int
-
-    @property
-    def seconds(self) -> float:
-        return (self.stop_ns - self.start_ns) / NS_PER_S
 
 
 @dataclass(frozen=True)
@@ -60,10 +45,7 @@ class Summary:
 def summarise(path: Path) -> Summary:
     """Read a run directory, whatever state it is in, and write its summary.csv and summary.json."""
     manifest = read_manifest(path)
-    windows = [
-        Window(entry["index"], entry["arm"], entry["repeat"], entry["start_ns"], entry["stop_ns"])
-        for entry in manifest.get("segments", [])
-    ]
+    windows = list(windows_of(manifest))
     rows = [*_service_rows(path, manifest, windows), *_trainer_rows(path, manifest, windows)]
     summary = Summary(path, manifest, rows, ratios(rows))
     with TableWriter(path / "summary.csv", SUMMARY) as table:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from corun.report.read import read_table
 from corun.report.summary import Summary
 from corun.run.directory import write_json
+from corun.run.read import read_table
 from corun.run.records import Column
 
 SLIP_FLOOR_MS = 0.2
