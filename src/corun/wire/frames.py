@@ -162,7 +162,7 @@ def pack_reply(
     return head + _CRC.pack(crc32(head), 0)
 
 
-def _explain(fields: Sequence[int], payload_len: int, max_payload: int) -> FrameError:
+def _explain(fields: Sequence[int], payload_len: int, max_payload: int, reply: bool) -> FrameError:
     magic, version, kind = fields[:3]
     if magic != MAGIC:
         return FrameError(f"not a corun frame: magic {magic:#010x} instead of {MAGIC:#010x}")
@@ -172,6 +172,10 @@ def _explain(fields: Sequence[int], payload_len: int, max_payload: int) -> Frame
         return FrameError(f"unknown frame kind {kind}")
     if payload_len > max_payload:
         return FrameError(f"a payload of {payload_len} bytes is over the limit of {max_payload}")
+    if bool(fields[3] & REPLY_FLAG) != reply:
+        return FrameError(
+            "a request header where a reply was expected" if reply else "a reply header instead of a request"
+        )
     return FrameError("the header's checksum does not match its content")
 
 
@@ -182,6 +186,14 @@ def _fields(layout: struct.Struct, buffer: Buffer, offset: int) -> tuple[Any, ..
         raise FrameError(f"a header of {len(buffer) - offset} bytes; it has {layout.size}") from None
 
 
+def is_reply(buffer: Buffer) -> bool:
+    """Whether the header at the start of `buffer` (PREFIX_SIZE bytes or more) is a reply's; FrameError on garbage."""
+    magic, version, _, flags = _PREFIX.unpack_from(buffer)
+    if magic != MAGIC or version != VERSION:
+        raise _explain((magic, version, 1, flags), 0, 0, reply=False)
+    return bool(flags & REPLY_FLAG)
+
+
 def unpack_request(buffer: Buffer, offset: int = 0, max_payload: int = MAX_PAYLOAD) -> RequestHeader:
     """The request header at `offset`; FrameError names what is wrong with it."""
     fields = _fields(REQUEST, buffer, offset)
@@ -189,10 +201,11 @@ def unpack_request(buffer: Buffer, offset: int = 0, max_payload: int = MAX_PAYLO
         fields[0] != MAGIC
         or fields[1] != VERSION
         or fields[2] not in KINDS
+        or fields[3] >= REPLY_FLAG
         or fields[6] > max_payload
         or fields[10] != crc32(buffer[offset : offset + 56])
     ):
-        raise _explain(fields, fields[6], max_payload)
+        raise _explain(fields, fields[6], max_payload, reply=False)
     return _new(RequestHeader, fields[2:10])
 
 
@@ -203,8 +216,9 @@ def unpack_reply(buffer: Buffer, offset: int = 0, max_payload: int = MAX_PAYLOAD
         fields[0] != MAGIC
         or fields[1] != VERSION
         or fields[2] not in KINDS
+        or fields[3] < REPLY_FLAG
         or fields[17] > max_payload
         or fields[19] != crc32(buffer[offset : offset + 120])
     ):
-        raise _explain(fields, fields[17], max_payload)
-    return _new(ReplyHeader, (*fields[2:7], fields[7:17], fields[17], fields[18]))
+        raise _explain(fields, fields[17], max_payload, reply=True)
+    return _new(ReplyHeader, (fields[2], fields[3] ^ REPLY_FLAG, *fields[4:7], fields[7:17], fields[17], fields[18]))
