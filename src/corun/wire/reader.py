@@ -1,7 +1,8 @@
 """Incremental frame readers: bytes in whatever pieces the socket gives, whole frames out.
 
-Small frames are parsed in place from one buffer, several per system call. A payload that does not fit into
-what has arrived is received straight into its own memory, so an image is copied once, not twice.
+Small frames are parsed in place from one buffer, several per system call. A payload larger than the buffer is
+received straight into its own memory; a connection whose last payload was large reads the next header by itself
+first, so that a stream of images is copied once, from the kernel to where it stays.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class _Reader(Generic[HeaderT]):
         self._buffer = bytearray(BUFFER_SIZE)
         self._view = memoryview(self._buffer)
         self._end = 0
+        self._limit = BUFFER_SIZE
         self._t_first = 0
         self._header: HeaderT | None = None
         self._payload = bytearray()
@@ -61,8 +63,8 @@ class _Reader(Generic[HeaderT]):
         """Receive once and return the frames that are whole now, oldest first.
 
         Raises PeerClosed at the end of the stream and FrameError on bytes that are not protocol v1;
-        after either the connection is of no further use. A non-blocking socket with nothing to read
-        gives an empty list.
+        after either the connection is of no further use, and whole frames that came in the same piece
+        as the garbage are dropped with it. A non-blocking socket with nothing to read gives an empty list.
         """
         try:
             return self._receive(sock)
@@ -74,7 +76,7 @@ class _Reader(Generic[HeaderT]):
     def _receive(self, sock: socket.socket) -> list[Frame]:
         if self._header is not None:
             return self._receive_payload(sock)
-        count = sock.recv_into(self._view[self._end :])
+        count = sock.recv_into(self._view[self._end : self._limit])
         if count == 0:
             raise PeerClosed("the peer closed in the middle of a frame" if self._end else "the peer closed")
         now = now_ns()
@@ -101,9 +103,13 @@ class _Reader(Generic[HeaderT]):
         if start and start < end:
             self._buffer[: end - start] = self._buffer[start:end]
         self._end = end - start
-        return frames if frames or self._header is None else self._receive_payload(sock)
+        if self._header is None:
+            self._limit = BUFFER_SIZE
+            return frames
+        return frames or self._receive_payload(sock)
 
     def _begin_payload(self, header: HeaderT, start: int, end: int) -> None:
+        self._limit = self._header_size
         self._header = header
         self._payload = bytearray(header.payload_len)
         self._filled = end - start
