@@ -84,6 +84,8 @@ def client(
             image_size=image_size(service),
             train_model=pair.train_label,
             seed=pair.config.seed,
+            drain_timeout=pair.config.drain_timeout_s,
+            after_reply=service.mode == "closed",
             out=out,
             control=control,
         ),

@@ -8,6 +8,8 @@ from corun import arrivals
 from corun.arrivals import schedule as schedules
 from corun.run.config import Arm, Pair, Service
 
+RATELESS = ("closed", "closed-loop", "offline", "saturation")
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -70,12 +72,12 @@ def process_of(service: Service) -> arrivals.Process:
 
     Raises InputError when the process is unknown or its parameters are impossible.
     """
-    if service.mode == "closed":
-        return arrivals.parse("closed")
     if isinstance(service.process, dict):
         return arrivals.from_config(service.process)
     if ":" in service.process:
         return arrivals.from_text(service.process)
-    if service.rate == 0:
-        return arrivals.of_rate(0) if service.process == "poisson" else arrivals.parse(service.process)
+    if service.process == "poisson":
+        return arrivals.of_rate(service.rate)
+    if service.process in RATELESS or service.rate == 0:
+        return arrivals.parse(service.process)
     return arrivals.parse(service.process, rate=service.rate)

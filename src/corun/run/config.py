@@ -73,7 +73,11 @@ class Service(_Model):
     name: str | None = None
     rate: Annotated[float, Field(ge=0)] = Field(10.0, description="requests/s; 0 = the Azure trace")
     process: str | dict[str, Any] = "poisson"
-    mode: Literal["open", "closed", "paced"] = "open"
+    mode: Literal["open", "closed", "paced"] = Field(
+        "open",
+        description="open: sent on schedule whatever happens; paced: on schedule, one request in flight; closed: the "
+        "schedule's gaps are rested after each reply, as the original did",
+    )
     data: str = "sample"
     count: Positive = 64
     image_size: Positive | None = None
