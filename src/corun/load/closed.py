@@ -44,7 +44,6 @@ class ClosedLoop:
         start_at_ns: int,
         stop_at_ns: int,
         finish_by_ns: int,
-        watches: Sequence[Watch] = (),
         rests_ns: Sequence[int] | None = None,
     ) -> None:
         self._sock = sock
@@ -56,7 +55,7 @@ class ClosedLoop:
         self._stop_at = stop_at_ns
         self._finish_by = finish_by_ns
         self._rests = rests_ns
-        self._watches = {watch.fileno(): watch for watch in watches}
+        self._watches: dict[int, Watch] = {}
         self._poll = select.poll()
         self._looked_at = 0
         self._reader = ReplyReader()
@@ -65,12 +64,13 @@ class ClosedLoop:
         self._index = 0
         self._sent = self._answered = self._ok = self._strays = 0
         self._fault = ""
+        if rests_ns is None:
+            ring.fill(work.ids, work.intended_ns, work.stream, work.payload_of)
 
-    def run(self) -> Counts:
+    def run(self, watches: Sequence[Watch] = ()) -> Counts:
         """Send, wait, rest, until the work or the time is up; never raises for what a server does."""
-        ring, work = self._ring, self._work
-        if self._rests is None:
-            ring.fill(work.ids, work.intended_ns, [work.stream] * len(work), work.payload_of)
+        ring = self._ring
+        self._watches = {watch.fileno(): watch for watch in watches}
         self._sock.setblocking(False)
         for fd in (self._fd, *self._watches):
             self._poll.register(fd, select.POLLIN)

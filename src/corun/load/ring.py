@@ -61,6 +61,7 @@ SLOT_SIZE = SLOT_DTYPE.itemsize
 Records = NDArray[np.void]
 
 _HEAD = struct.Struct("<8sIIQQI")
+_HEAD_COUNT, _HEAD_COUNT_AT = struct.Struct("<Q"), 16
 _DUE = struct.Struct("<QqII")
 _WAKE = struct.Struct("<q")
 _TX = struct.Struct("<qqqI")
@@ -139,13 +140,11 @@ class RingWriter:
         """All slots as a structured array over the mapping (drop it before `close`)."""
         return np.ndarray(self.count, SLOT_DTYPE, self.buffer, self.offset)
 
-    def fill(
-        self, ids: Sequence[int], intended_ns: Sequence[int], streams: Sequence[int], payloads: Sequence[int]
-    ) -> None:
+    def fill(self, ids: Sequence[int], intended_ns: Sequence[int], stream: int, payloads: Sequence[int]) -> None:
         """Write what is known of every request before the segment: id, intended instant, stream, payload index."""
         records = self.records
         records["id"], records["t_intended"] = ids, intended_ns
-        records["stream"], records["payload"] = streams, payloads
+        records["stream"], records["payload"] = stream, payloads
         records["status"] = UNSENT
 
     def due(self, index: int, id: int, intended_ns: int, stream: int, payload: int) -> None:
@@ -196,9 +195,13 @@ class RingWriter:
         self.buffer[_HEAD.size : _HEAD.size + len(text)] = text
         _HEAD.pack_into(self.buffer, 0, MAGIC, VERSION, SLOT_SIZE, self.count, self.offset, len(text))
 
-    def close(self) -> None:
-        self.buffer.flush()
+    def close(self, used: int | None = None) -> None:
+        """Let the file be; with `used` the slots behind the first so many are cut off."""
+        if used is not None and used < self.count:
+            self.count = used
+            _HEAD_COUNT.pack_into(self.buffer, _HEAD_COUNT_AT, used)
         self.buffer.close()
+        os.truncate(self.path, self.offset + self.count * SLOT_SIZE)
 
 
 def _round_up(size: int) -> int:

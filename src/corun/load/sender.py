@@ -48,15 +48,15 @@ class Sender:
         ring: RingWriter,
         waiter: Waiter,
         finish_by_ns: int,
-        watches: Sequence[Watch] = (),
     ) -> None:
+        ring.fill(work.ids, work.intended_ns, work.stream, work.payload_of)
         self._sock = sock
         self._fd = sock.fileno()
         self._work = work
         self._ring = ring
         self._waiter = waiter
         self._finish_by = finish_by_ns
-        self._watches = {watch.fileno(): watch for watch in watches}
+        self._watches: dict[int, Watch] = {}
         self._reader = ReplyReader()
         self._header = bytearray(REQUEST_SIZE)
         self._slot_of = {id: index for index, id in enumerate(work.ids)}
@@ -70,10 +70,10 @@ class Sender:
         self._strays = self._backlog_max = 0
         self._fault = ""
 
-    def run(self) -> Counts:
+    def run(self, watches: Sequence[Watch] = ()) -> Counts:
         """Send everything, wait for the replies, mark what is missing; never raises for what a server does."""
-        ring, work = self._ring, self._work
-        ring.fill(work.ids, work.intended_ns, [work.stream] * len(work), work.payload_of)
+        ring = self._ring
+        self._watches = {watch.fileno(): watch for watch in watches}
         self._sock.setblocking(False)
         self._open()
         cpu_s = time.process_time()

@@ -20,12 +20,15 @@ UNPLANNED_NS = -1
 
 @dataclass(frozen=True)
 class Work:
-    """The requests of one segment in schedule order; instants are absolute (CLOCK_MONOTONIC ns)."""
+    """The requests of one segment in schedule order; instants are absolute (CLOCK_MONOTONIC ns).
+
+    A free-running loop has no instants: intended_ns is empty then.
+    """
 
     stream: int
-    ids: list[int]
-    intended_ns: list[int]
-    payload_of: list[int]
+    ids: Sequence[int]
+    intended_ns: Sequence[int]
+    payload_of: Sequence[int]
     payloads: tuple[bytes, ...]
 
     def __len__(self) -> int:
@@ -42,14 +45,11 @@ class Work:
         longest = max(map(len, payloads))
         if longest > MAX_PAYLOAD:
             raise InputError(f"a payload of {longest} bytes is over the protocol's limit of {MAX_PAYLOAD}")
-        order = np.argsort(rows["intended_ns"], kind="stable")
-        rows = rows[order]
-        planned = rows["intended_ns"] != UNPLANNED_NS
-        intended = np.where(planned, rows["intended_ns"] + start_at_ns, 0)
+        rows = rows[np.argsort(rows["intended_ns"], kind="stable")]
         return cls(
             stream=stream,
             ids=rows["id"].tolist(),
-            intended_ns=intended.tolist(),
+            intended_ns=(rows["intended_ns"] + start_at_ns).tolist(),
             payload_of=(rows["payload"] % len(payloads)).tolist(),
             payloads=tuple(payloads),
         )

@@ -44,6 +44,7 @@ class Behaviour:
     close_at: int = 0
     garbage_at: int = 0
     mute_at: int = 0
+    repeat_at: int = 0
     reject_every: int = 0
     shuffle: int = 0
     clock_offset_ns: int = 0
@@ -131,6 +132,9 @@ class _Connection:
             self.sock.sendall(reply[: len(reply) // 2])
             raise OSError("closed on purpose")
         self._send(reply)
+        if count == behaviour.repeat_at:
+            for other in (header, header._replace(id=header.id + 1000), header._replace(stream=header.stream + 1)):
+                self.sock.sendall(self._reply(other, frame))
 
     def _reply(self, header: RequestHeader, frame: Frame) -> bytes:
         behaviour = self.server.behaviour
