@@ -9,6 +9,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,23 +64,22 @@ def profile(options: ProfilerOptions, say: Callable[[str], None] = print) -> Sam
     _allow_many_files()
     set_timer_slack(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    events = EventLog(options.out / "events.csv")
-    faults = Faults(lambda source, text: events.write("fault", "profiler", "profiler", f"{source}: {text}"))
-    sources, statuses = _open(options, device, faults, events)
-    for status in statuses:
-        say(status.line())
-        if not status.available:
-            events.write("unavailable", "profiler", status.name, status.reason)
-    with StopSignal() as stop:
+    with ExitStack() as stack:
+        events = stack.enter_context(closing(EventLog(options.out / "events.csv")))
+        faults = Faults(lambda source, text: events.write("fault", "profiler", "profiler", f"{source}: {text}"))
+        sources, statuses = _open(options, device, faults, events)
+        stack.enter_context(closing(sources))
+        for status in statuses:
+            say(status.line())
+            if not status.available:
+                events.write("unavailable", "profiler", status.name, status.reason)
+        tables = stack.enter_context(closing(Tables(options.out, sources.host)))
+        stop = stack.enter_context(StopSignal())
         started = anchor()
-        tables = Tables(options.out, sources.host)
         _write_about(options, started, sources, statuses, None)
         statistics, ended = _sample(options, sources, tables, faults, started, stop, events, say)
         _write_about(options, started, sources, _at_end(sources, statuses), statistics)
-    events.write("stop", "profiler", "profiler", ended)
-    tables.close()
-    sources.close()
-    events.close()
+        events.write("stop", "profiler", "profiler", ended)
     return statistics
 
 
@@ -213,4 +213,3 @@ def _write_about(
     draft = path.with_suffix(".json.tmp")
     draft.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
-
