@@ -1,4 +1,4 @@
-"""What every torch model plug-in needs: devices, precisions, safe weight files, placement, a servable base.
+"""What torch plug-ins share: devices, precisions, safe weight files, placement, a servable base, data items.
 
 Torch is imported inside functions, so importing this module is free. Options are taken structurally
 (`Placement`): `corun.registry.ModelOptions` fits.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -234,6 +236,53 @@ def host_batch(arrays: Sequence[NDArray[Any]], device: torch.device) -> torch.Te
     )
     np.stack(arrays, out=stacked.numpy())
     return stacked
+
+
+@dataclass(frozen=True)
+class PluginFunction:
+    """A function of a plug-in file, named by where it is: `load(kind, stem)` gives the file's module.
+
+    Plug-ins are loaded by path, so a spawned worker process cannot import them by module name and a plain
+    function of theirs cannot be pickled. This can: the worker loads the file again.
+    """
+
+    load: Callable[[str, str], ModuleType]
+    kind: str
+    stem: str
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return getattr(self.load(self.kind, self.stem), self.name)(*arguments)
+
+
+@dataclass(frozen=True)
+class Items:
+    """A map-style training data set that worker processes can receive: item i is `read(entries[i], options)`.
+
+    entries: small picklable descriptions (a path and a label, a crop), not decoded images.
+    num_classes: None where the task has no classes. collate: None = torch's default_collate.
+    """
+
+    read: PluginFunction
+    entries: Sequence[Any]
+    options: Any
+    num_classes: int | None = None
+    collate: Callable[[Sequence[Any]], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(self.entries[index], self.options)
+
+
+def collate_detection(
+    items: Sequence[tuple[torch.Tensor, Mapping[str, torch.Tensor]]],
+) -> tuple[torch.Tensor, list[Mapping[str, torch.Tensor]]]:
+    """Images (3, H, W) to one tensor (B, 3, H, W); targets stay a list, as they have any number of boxes."""
+    import torch
+
+    return torch.stack([image for image, _ in items]), [target for _, target in items]
 
 
 class ImageServable:
