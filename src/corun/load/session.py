@@ -27,7 +27,7 @@ from corun.wire.frames import RequestHeader
 from corun.wire.messages import Arm, Clock, Drain, Hello, Message, Start, Stats, Stop
 
 START_AHEAD_S = (0.2, 1.0, 5.0)
-LAST_WORDS_S = 5.0
+LAST_WORDS_S = 2.0
 
 
 class StopWatch:
@@ -90,10 +90,11 @@ class Session:
         """Say HELLO and serve until the end."""
         self._channel.request(self._hello())
         while not self._over:
-            self._wait()
             self._answer()
             if self._start:
                 self._run_segment()
+            elif not self._over:
+                self._wait()
 
     def _hello(self) -> Hello:
         options, target = self._client.options, self._client.target
@@ -161,7 +162,7 @@ class Session:
     def _arm(self, header: RequestHeader, arm: Arm) -> None:
         try:
             self._client.arm(arm, self._rows[arm.first : arm.last])
-        except (CorunError, TimeoutError) as error:
+        except CorunError as error:
             self._armed = None
             self._channel.fail(header, str(error))
             return

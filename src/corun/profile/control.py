@@ -100,12 +100,12 @@ def waiter(stop: StopSignal, control: Control | None) -> Callable[[int], bool]:
 
     def wait_until(deadline_ns: int) -> bool:
         while not stop.requested:
+            if control and not control.answer():
+                return False
             remaining_ns = deadline_ns - now_ns()
             if remaining_ns <= 0:
                 return True
-            ready, _, _ = select.select(readable, [], [], remaining_ns / NS_PER_S)
-            if control and control.fileno() in ready and not control.answer():
-                return False
+            select.select(readable, [], [], remaining_ns / NS_PER_S)
         return False
 
     return wait_until
