@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from corun import registry
 from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, guard
@@ -51,7 +52,11 @@ def main(
         if dry_run:
             _show_plan(cells)
         else:
-            raise typer.Exit(_run(cells, out or result_root(), Console(stderr=as_json), fresh, fail_fast, as_json))
+            from corun.report.console import console_for
+
+            raise typer.Exit(
+                _run(cells, out or result_root(), console_for(stderr=as_json), fresh, fail_fast, as_json)
+            )
 
 
 def _check(cells: list[configs.Pair]) -> None:
@@ -118,7 +123,7 @@ def _run(cells: list[configs.Pair], root: Path, console: Console, fresh: bool, f
         interrupted = stop.requested
     for result in results:
         for reason in result.reasons:
-            console.print(f"[red]{result.status}:[/] {reason}", highlight=False)
+            console.print(f"[red]{result.status}:[/] {escape(reason)}", highlight=False)
     if as_json:
         print(json.dumps(last))
     if interrupted:

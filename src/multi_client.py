@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
 from corun import registry
 from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, guard
@@ -93,8 +93,9 @@ def _cells(
 def _run(cells: list[Pair], root: Path, fresh: bool) -> int:
     from corun.launch.experiment import run_pair
     from corun.report.conclude import conclude
+    from corun.report.console import console_for
 
-    console = Console()
+    console = console_for()
 
     def say(line: str) -> None:
         console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
@@ -112,7 +113,7 @@ def _run(cells: list[Pair], root: Path, fresh: bool) -> int:
         interrupted = stop.requested
     for row in rows:
         for reason in row.result.reasons:
-            console.print(f"[red]{row.label}: {row.result.status}:[/] {reason}", highlight=False)
+            console.print(f"[red]{row.label}: {row.result.status}:[/] {escape(reason)}", highlight=False)
     console.print(f"sweep: {sweep}/index.csv", highlight=False, soft_wrap=True)
     if interrupted:
         return EXIT_INTERRUPTED

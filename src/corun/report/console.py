@@ -1,95 +1,110 @@
-"""The table a person sees at the end of a run."""
+"""The tables a person sees at the end of a run, at most 100 columns wide."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from corun.report.summary import Summary
 from corun.report.validity import Flag
 
-_FIGURES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "max_ms")
+WIDTH = 100
+_FIGURES = ("p50", "p90", "p95", "p99", "max")
+_LOAD_ARMS = ("alone", "corun")
+_TRAIN_ARMS = ("train", "corun")
+
+Row = dict[str, Any]
+
+
+def console_for(stderr: bool = False) -> Console:
+    """A console that keeps the tables whole when the output is not a terminal."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=WIDTH)
 
 
 def show(summary: Summary, flags: list[Flag], console: Console) -> None:
-    """Latency and training speed by arm, the ratios, and what to doubt."""
-    console.print(_services(summary))
-    trainer = _trainer(summary)
-    if trainer.row_count:
-        console.print(trainer)
+    """What to doubt, then latency, load and training by arm, then where the files are."""
     for flag in flags:
-        console.print(f"[yellow]not valid:[/] {flag.sentence}", highlight=False)
+        console.print(f"[yellow]not valid:[/] {escape(flag.sentence)}", highlight=False)
+    for table in (_latency(summary), _load(summary), _training(summary)):
+        if table.row_count:
+            console.print(table)
     console.print(f"run: {summary.run}", highlight=False, soft_wrap=True)
 
 
-def _services(summary: Summary) -> Table:
-    table = Table(title="Latency from the intended send time (sojourn), ms", title_justify="left")
-    for name in (
-        "service",
-        "weights",
-        "arm",
-        "requests",
-        "errors",
-        "rate/s",
-        "sent/s",
-        "p50",
-        "p90",
-        "p95",
-        "p99",
-        "max",
-    ):
-        table.add_column(name, justify="left" if name in ("service", "weights", "arm") else "right")
-    table.add_column("response p50/p99", justify="right")
-    table.add_column("slip p99", justify="right")
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _services(summary: Summary) -> Iterator[tuple[str, list[Row]]]:
+    """Each service with its pooled rows, alone before corun."""
     for service in dict.fromkeys(row["service"] for row in summary.rows if row["role"] == "server"):
-        for arm in ("alone", "corun"):
-            for row in (row for row in summary.pooled(arm, "server") if row["service"] == service):
-                table.add_row(*_service_cells(row))
+        rows = [row for arm in _LOAD_ARMS for row in summary.pooled(arm, "server") if row["service"] == service]
+        yield service, rows
+
+
+def _latency(summary: Summary) -> Table:
+    title = "Latency in ms (sojourn: from the intended send time; response: from the actual one)"
+    table = _table(title, ("service", "arm", ""), _FIGURES)
+    for service, rows in _services(summary):
+        for row in rows:
+            table.add_row(service, row["arm"], "sojourn", *(_number(row[f"{name}_ms"]) for name in _FIGURES))
+        for row in rows:
+            cells = (_number(row[f"response_{name}_ms"]) for name in _FIGURES)
+            table.add_row(service, row["arm"], "response", *cells, style="dim")
         ratio = summary.ratios.get("services", {}).get(service)
         if ratio:
-            table.add_row(*_ratio_cells(ratio), style="bold")
+            table.add_row(
+                service, "corun / alone", "sojourn", *(_factor(ratio[f"{name}_x"]) for name in _FIGURES), style="bold"
+            )
         table.add_section()
     return table
 
 
-def _service_cells(row: dict[str, Any]) -> list[str]:
-    return [
-        row["service"],
-        _weights(row["weights"]),
-        row["arm"],
-        str(row["requests"]),
-        str(row["errors"]),
-        _number(row["intended_rate"]),
-        _number(row["sent_rate"]),
-        *(_number(row[figure]) for figure in _FIGURES),
-        f"{_number(row['response_p50_ms'])} / {_number(row['response_p99_ms'])}",
-        _number(row["slip_p99_ms"], 2),
-    ]
+def _load(summary: Summary) -> Table:
+    right = ("requests", "errors", "asked/s", "sent/s", "slip p50", "slip p99")
+    table = _table("Load (slip in ms: how late the client sent)", ("service", "arm", "weights"), right)
+    for service, rows in _services(summary):
+        for row in rows:
+            table.add_row(
+                service,
+                row["arm"],
+                _weights(row["weights"]),
+                str(row["requests"]),
+                str(row["errors"]),
+                _number(row["intended_rate"]),
+                _number(row["sent_rate"]),
+                _number(row["slip_p50_ms"], 2),
+                _number(row["slip_p99_ms"], 2),
+            )
+    return table
 
 
-def _ratio_cells(ratio: dict[str, float | None]) -> list[str]:
-    factors = [_factor(ratio[f"{figure.removesuffix('_ms')}_x"]) for figure in _FIGURES]
-    return ["", "", "corun / alone", "", "", "", _factor(ratio["sent_rate_x"]), *factors, "", ""]
-
-
-def _trainer(summary: Summary) -> Table:
-    table = Table(title="Training", title_justify="left")
-    for name in ("job", "weights", "arm", "steps", "samples/s", "loss first → last"):
-        table.add_column(name, justify="left" if name in ("job", "weights", "arm") else "right")
-    for arm in ("train", "corun"):
+def _training(summary: Summary) -> Table:
+    table = _table("Training", ("job", "arm", "weights"), ("steps", "samples/s", "loss first", "loss last"))
+    for arm in _TRAIN_ARMS:
         for row in summary.pooled(arm, "trainer"):
             table.add_row(
                 row["service"],
-                _weights(row["weights"]),
                 arm,
+                _weights(row["weights"]),
                 str(row["train_steps"]),
                 _number(row["train_samples_per_s"]),
-                f"{_number(row['loss_first'], 3)} → {_number(row['loss_last'], 3)}",
+                _number(row["loss_first"], 3),
+                _number(row["loss_last"], 3),
             )
     if summary.ratios.get("train_x") is not None:
-        table.add_row("", "", "corun / train", "", _factor(summary.ratios["train_x"]), "", style="bold")
+        table.add_row("", "corun / train", "", "", _factor(summary.ratios["train_x"]), "", "", style="bold")
     return table
 
 

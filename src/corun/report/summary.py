@@ -20,7 +20,7 @@ from corun.run.read import Table, Window, read_table, select
 from corun.run.read import windows as windows_of
 from corun.run.records import INFER_CLIENT, SUMMARY, TRAIN, names
 from corun.run.table import TableWriter
-from corun.stats import percentile
+from corun.stats import percentile_of
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -117,10 +117,10 @@ def _latency(table: Table, windows: list[Window]) -> Row:
     }
     slip = rows["slip_ms"][sent & ~np.isnan(rows["slip_ms"])]
     for quantile in _QUANTILES:
-        row[f"p{quantile}_ms"] = percentile(ok["sojourn_ms"], quantile)
-        row[f"response_p{quantile}_ms"] = percentile(ok["response_ms"], quantile)
+        row[f"p{quantile}_ms"] = percentile_of(ok["sojourn_ms"], quantile)
+        row[f"response_p{quantile}_ms"] = percentile_of(ok["response_ms"], quantile)
     for quantile in (50, 99):
-        row[f"slip_p{quantile}_ms"] = percentile(slip, quantile)
+        row[f"slip_p{quantile}_ms"] = percentile_of(slip, quantile)
     return row
 
 
