@@ -171,7 +171,7 @@ class Client:
     def _clock_after(self) -> dict[str, Any]:
         try:
             return {"after": targets.clock_offset(self.target.address)}
-        except (WireError, TimeoutError) as error:
+        except WireError as error:
             return {"after_failed": str(error)}
 
     def _rests(self, rows: NDArray[np.void]) -> list[int] | None:

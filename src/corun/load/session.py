@@ -27,7 +27,7 @@ from corun.wire.frames import RequestHeader
 from corun.wire.messages import Arm, Clock, Drain, Hello, Message, Start, Stats, Stop
 
 START_AHEAD_S = (0.2, 1.0, 5.0)
-LAST_WORDS_S = 2.0
+LAST_WORDS_S = 5.0
 
 
 class StopWatch:
@@ -112,9 +112,9 @@ class Session:
 
     def _wait(self) -> None:
         """Until the launcher says something; after a stop signal it has LAST_WORDS_S to drain us."""
-        watched = [self._channel.fileno()] + ([] if self._stop.requested else [self._stop.fileno()])
-        timeout_s = LAST_WORDS_S if self._stop.requested else None
-        if not select.select(watched, [], [], timeout_s)[0] or (self._stop.requested and self._armed is None):
+        if not self._stop.requested:
+            select.select([self._channel.fileno(), self._stop.fileno()], [], [])
+        elif self._armed is None or not select.select([self._channel.fileno()], [], [], LAST_WORDS_S)[0]:
             self._over = True
 
     def _answer(self) -> None:

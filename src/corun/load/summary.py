@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from corun.clock import NS_PER_MS
 from corun.load.ring import Records
 from corun.load.work import Counts
-from corun.stats import percentile
+from corun.stats import percentile_of
 from corun.wire import Status
 
 
@@ -36,7 +36,7 @@ def latencies(records: Records) -> Latencies:
 
 def _pair(duration_ns: NDArray[np.int64]) -> tuple[float | None, float | None]:
     duration_ms = duration_ns / NS_PER_MS
-    return percentile(duration_ms, 50), percentile(duration_ms, 99)
+    return percentile_of(duration_ms, 50), percentile_of(duration_ms, 99)
 
 
 def line(counts: Counts, records: Records, asked_rate: float, duration_s: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from corun import __version__
 from corun.clock import now_ns
-from corun.errors import InputError, PeerClosed, RunFault, WireError
+from corun.errors import FrameError, InputError, PeerClosed, RunFault
 from corun.wire import Address, connect
 from corun.wire.channel import Channel
 from corun.wire.messages import Hello, Load
@@ -49,9 +49,9 @@ def find(address: Address, model: str = "", options: Mapping[str, Any] | None = 
         if model and body.get("model") != model:
             _load(channel, address, model, options or {})
             body = _hello(channel)
-    except TimeoutError as error:
-        raise PeerClosed(f"the server at {address} does not answer") from error
-    except WireError as error:
+    except PeerClosed as error:
+        raise PeerClosed(f"the server at {address} does not answer: {error}") from error
+    except FrameError as error:
         raise PeerClosed(f"what listens at {address} is not a corun server: {error}") from error
     finally:
         channel.close()
