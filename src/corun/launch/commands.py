@@ -12,6 +12,8 @@ from corun.registry import home
 from corun.run.config import NONE, Pair, Service, Train
 from corun.wire.sockets import Address
 
+CONNECT_WAIT_S = 10
+
 Command = tuple[list[str], dict[str, str]]
 
 
@@ -31,9 +33,9 @@ def _flags(**values: object) -> list[str]:
     return flags
 
 
-def image_size(service: Service) -> int:
-    """Side of the network's input: the service's own or the model's default."""
-    return service.image_size or registry.model(service.arch).image_size
+def image_size(service: Service) -> int | None:
+    """Side of the network's input: the service's own or the model's default; None when it has none."""
+    return service.image_size or registry.model(service.arch).image_size or None
 
 
 def server(service: Service, address: Address, out: Path, parent_pid: int | None) -> Command:
@@ -84,6 +86,7 @@ def client(
             image_size=image_size(service),
             train_model=pair.train_label,
             seed=pair.config.seed,
+            wait=CONNECT_WAIT_S,
             drain_timeout=pair.config.drain_timeout_s,
             after_reply=service.mode == "closed",
             out=out,
