@@ -29,8 +29,10 @@ def console_for(stderr: bool = False) -> Console:
 
 def show(summary: Summary, flags: list[Flag], console: Console) -> None:
     """What to doubt, then latency, load and training by arm, then where the files are."""
-    for flag in flags:
-        console.print(f"[yellow]not valid:[/] {escape(flag.sentence)}", highlight=False)
+    for check in dict.fromkeys(flag.check for flag in flags):
+        sentences = [flag.sentence for flag in flags if flag.check == check]
+        more = f" (and {len(sentences) - 1} more in validity.json)" if len(sentences) > 1 else ""
+        console.print(f"[yellow]not valid:[/] {escape(sentences[0])}{more}", highlight=False)
     for table in (_latency(summary), _load(summary), _training(summary)):
         if table.row_count:
             console.print(table)
