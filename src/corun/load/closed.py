@@ -50,7 +50,7 @@ class ClosedLoop:
         self._fd = sock.fileno()
         self._work = work
         self._ring = ring
-        self._spin_ns = timing.spin_ns
+        self._early_ns = timing.early_ns
         self._ready_at = start_at_ns
         self._stop_at = stop_at_ns
         self._finish_by = finish_by_ns
@@ -112,8 +112,8 @@ class ClosedLoop:
                 self._look(max(0, due - now - LOOK_EVERY_NS))
             elif now >= due:
                 return True
-            elif due - now > self._spin_ns:
-                sleep_until_ns(due - self._spin_ns)
+            elif due - now > self._early_ns:
+                sleep_until_ns(due - self._early_ns)
         return False
 
     def _look(self, timeout_ns: int) -> int:

@@ -3,15 +3,19 @@
 The operating system owns the tail of a sender: a thread that asks to be woken at T is woken at T plus timer
 slack plus a scheduling delay. The ladder, best rung first (measured p50 / p99 lateness at 1000 requests/s):
 
-    spin-fifo        SCHED_FIFO, timer to T - 200 µs, then poll until T       0.1 /   20 µs   17 % of a core
-    spin-exclusive   the same without FIFO, on a core that is ours alone      0.1 /   30 µs   17 %
-    timerfd          timerfd with 1 ns slack in the sender's epoll set         30 /  100 µs    3 %
-    select           relative microsecond timeouts: no timerfd here            30 /  200 µs    3 %
+    spin-fifo        SCHED_FIFO, timer to T - 200 µs, then poll until T       0.1 /  20 µs   17 % of a core
+    spin-exclusive   the same without FIFO, on a core that is ours alone      0.5 /  20 µs   17 %
+    timerfd          timerfd with 1 ns slack in the sender's epoll set          1 /  40 µs    2.5 %
+    select           relative microsecond timeouts: no timerfd here             3 /  40 µs    2.5 %
 
-A client with nothing in flight sleeps in clock_nanosleep(TIMER_ABSTIME) instead of the timerfd: no descriptor
-to watch then. Spinning without FIFO on a shared core makes the tail worse (p90 of 2.5 ms against 51 µs), and
-spinning all the time under FIFO is throttled by the kernel for 22-50 ms, so neither is a rung; the spin is
-kept below a fifth of the core. FIFO preempts what is being measured on a shared core: only on request.
+The lower two set their timer early by what this machine takes at the least to wake a thread (`lead_ns`, the 10th
+percentile of some probes, 25 µs at most). Most wake-ups are past T even so, the others poll for the few µs left:
+measured p50 from 27 to 1 µs at no CPU, and beside two busy processes p90 from 22 to 1 µs. That is not the spin of
+the upper rungs: 200 µs of it on a shared core use up the thread's share of the scheduler, p90 300 µs, and spinning
+all the time under FIFO is throttled by the kernel for 22-50 ms. FIFO preempts what is being measured on a shared
+core: only on request.
+
+A client with nothing in flight sleeps in clock_nanosleep(TIMER_ABSTIME) instead: no descriptor to watch then.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ FIFO_PRIORITY = 10
 SLACK_NS = 1
 SPIN_NS = 200_000
 SPIN_SHARE = 0.2
+LEAD_MAX_NS = 25_000
+LEAD_PROBES = 40
+LEAD_GAP_NS = 1_000_000
 EXCLUSIVE_PROBE_NS = 20_000_000
 EXCLUSIVE_GAP_NS = 50_000
 
@@ -50,15 +57,25 @@ _Itimerspec = ctypes.c_long * 4
 
 @dataclass(frozen=True)
 class Timing:
-    """How this process waits; stored with every segment. refused: rung or measure -> why it was not taken."""
+    """How this process waits; stored with every segment.
+
+    lead_ns: how much earlier the timer is set than wanted, against the time a wake-up takes. spin_ns: the same
+    on the spinning rungs, where it is waited for by polling. refused: rung or measure -> why it was not taken.
+    """
 
     rung: str
     policy: str
     slack_ns: int = SLACK_NS
+    lead_ns: int = 0
     spin_ns: int = 0
     cores: tuple[int, ...] = ()
     memory_locked: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def early_ns(self) -> int:
+        """How long before a deadline the timer fires."""
+        return max(self.lead_ns, self.spin_ns)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -82,10 +99,12 @@ def prepare(
     locked = _lock_memory(refused)
     fifo = _take_fifo(priority, refused)
     rung = _choose_rung(fifo, refused, sys_root)
+    spins = rung.startswith("spin")
     return Timing(
         rung=rung,
         policy="fifo" if fifo else "other",
-        spin_ns=spin_budget_ns(rate) if rung.startswith("spin") else 0,
+        lead_ns=0 if spins else min(wake_lead_ns(), spin_budget_ns(rate)),
+        spin_ns=spin_budget_ns(rate) if spins else 0,
         cores=tuple(sorted(os.sched_getaffinity(0))),
         memory_locked=locked,
         refused=refused,
@@ -95,6 +114,16 @@ def prepare(
 def spin_budget_ns(rate: float) -> int:
     """Longest spin before each send that keeps spinning below SPIN_SHARE of a core at `rate` requests/s."""
     return SPIN_NS if rate <= 0 else min(SPIN_NS, int(SPIN_SHARE * NS_PER_S / rate))
+
+
+def wake_lead_ns() -> int:
+    """What a timed wake-up takes on this machine at the least: 10th percentile of the probes, LEAD_MAX_NS at most."""
+    late = []
+    for _ in range(LEAD_PROBES):
+        deadline = now_ns() + LEAD_GAP_NS
+        sleep_until_ns(deadline)
+        late.append(now_ns() - deadline)
+    return max(0, min(sorted(late)[LEAD_PROBES // 10], LEAD_MAX_NS))
 
 
 def _choose_rung(fifo: bool, refused: dict[str, str], sys_root: Path) -> str:
@@ -220,7 +249,7 @@ class Waiter(Protocol):
     def unregister(self, fd: int) -> None: ...
 
     def arm(self, deadline_ns: int) -> None:
-        """Wake at this instant (0: at none) minus the spin of the rung."""
+        """Wake at this instant, or early by the waiter's `early_ns`; 0: at none."""
 
     def wait(self) -> list[tuple[int, int]]:
         """Block until the deadline or a descriptor; (fd, mask) of the latter. Early and empty wakes are allowed."""
@@ -231,11 +260,11 @@ class Waiter(Protocol):
 class TimerfdWaiter:
     """epoll with a timerfd in it.
 
-    An expired timer stays readable until it is armed anew, so between `T - spin_ns` and T every wait returns
+    An expired timer stays readable until it is armed anew, so between `T - early_ns` and T every wait returns
     at once: that is the spin, and replies are read during it.
     """
 
-    def __init__(self, spin_ns: int = 0) -> None:
+    def __init__(self, early_ns: int = 0) -> None:
         self._epoll = select.epoll()
         self._timer = _timerfd_create()
         self._epoll.register(self._timer, select.EPOLLIN)
@@ -246,7 +275,7 @@ class TimerfdWaiter:
         self._settime = _libc.timerfd_settime
         self._settime.argtypes = (ctypes.c_int, ctypes.c_int, _Itimerspec, ctypes.c_void_p)
         self._spec = _Itimerspec()
-        self._spin_ns = spin_ns
+        self._early_ns = early_ns
         self._armed = 0
 
     def arm(self, deadline_ns: int) -> None:
@@ -254,7 +283,7 @@ class TimerfdWaiter:
             return
         self._armed = deadline_ns
         spec = self._spec
-        spec[2], spec[3] = divmod(max(1, deadline_ns - self._spin_ns), NS_PER_S) if deadline_ns else (0, 0)
+        spec[2], spec[3] = divmod(max(1, deadline_ns - self._early_ns), NS_PER_S) if deadline_ns else (0, 0)
         self._settime(self._timer, _TIMER_ABSTIME, spec, None)
 
     def wait(self) -> list[tuple[int, int]]:
@@ -269,7 +298,8 @@ class TimerfdWaiter:
 class SelectWaiter:
     """epoll inside select(2), whose relative timeout has microseconds; epoll's own has milliseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, early_ns: int = 0) -> None:
+        self._early_ns = early_ns
         self._epoll = select.epoll()
         self.register = self._epoll.register
         self.modify = self._epoll.modify
@@ -280,7 +310,7 @@ class SelectWaiter:
         self._armed = deadline_ns
 
     def wait(self) -> list[tuple[int, int]]:
-        timeout = max(0.0, (self._armed - now_ns()) / NS_PER_S) if self._armed else None
+        timeout = max(0.0, (self._armed - self._early_ns - now_ns()) / NS_PER_S) if self._armed else None
         select.select([self._epoll], [], [], timeout)
         return self._epoll.poll(0)
 
@@ -290,4 +320,4 @@ class SelectWaiter:
 
 def make_waiter(timing: Timing) -> Waiter:
     """The waiter of the rung."""
-    return SelectWaiter() if timing.rung == "select" else TimerfdWaiter(timing.spin_ns)
+    return (SelectWaiter if timing.rung == "select" else TimerfdWaiter)(timing.early_ns)

@@ -20,6 +20,7 @@ from corun.testing.echo import Behaviour, EchoServer
 from corun.wire import STAMPS, Address, Status
 
 SELECT = Timing(rung="select", policy="other")
+LEAD = Timing(rung="timerfd", policy="other", lead_ns=25_000)
 SPIN = Timing(rung="spin-exclusive", policy="other", spin_ns=50_000)
 
 
@@ -32,7 +33,7 @@ def ring(tmp_path: Path) -> Path:
     return tmp_path / "a.ring"
 
 
-@pytest.mark.parametrize("timing", [TIMING, SELECT, SPIN], ids=lambda timing: timing.rung)
+@pytest.mark.parametrize("timing", [TIMING, LEAD, SELECT, SPIN], ids=["timerfd", "lead", "select", "spin"])
 def test_every_scheduled_request_is_sent_once_and_never_early(ring: Path, timing: Timing) -> None:
     """On every rung of the wait ladder sent == scheduled, all stamps are in order, and slip is never negative."""
     with EchoServer() as server:

@@ -65,9 +65,9 @@ def test_a_descriptor_wakes_a_disarmed_waiter(waiter: timing.Waiter) -> None:
     os.close(write)
 
 
-def test_the_spin_begins_before_the_deadline() -> None:
-    """With a spin budget the timer fires early by it, and every wait until the deadline returns at once."""
-    waiter = TimerfdWaiter(spin_ns=5 * MS)
+def test_the_timer_fires_early_by_what_was_asked() -> None:
+    """With a lead or a spin the timer fires early by it, and every wait until the deadline returns at once."""
+    waiter = TimerfdWaiter(early_ns=5 * MS)
     deadline = now_ns() + 10 * MS
     waiter.arm(deadline)
     waits = 0
@@ -76,6 +76,13 @@ def test_the_spin_begins_before_the_deadline() -> None:
         waits += 1
     waiter.close()
     assert waits > 5
+
+
+def test_the_lead_is_what_a_wake_up_takes_and_bounded() -> None:
+    """It comes from probes, is never negative, and a slow machine cannot make it a long spin."""
+    assert 0 <= timing.wake_lead_ns() <= timing.LEAD_MAX_NS
+    assert Timing("timerfd", "other", lead_ns=9).early_ns == 9
+    assert Timing("spin-fifo", "fifo", spin_ns=200).early_ns == 200
 
 
 def test_sleep_until_is_never_early() -> None:
