@@ -65,6 +65,8 @@ def run(flags: Flags) -> None:
     """Find the server, load the payloads, then measure by hand or as the launcher says."""
     if flags.control and not (flags.schedule and flags.out):
         raise InputError("--control needs --schedule and --out: under a launcher the schedule is made before the run")
+    if flags.control:
+        die_with_parent()
     address = Address.parse(flags.address or f"{flags.host}:{flags.port}")
     timing = prepare(flags.priority, _cores(flags.cores), flags.rate)
     options = {"image_size": flags.image_size} if flags.image_size else {}
@@ -86,7 +88,6 @@ def run(flags: Flags) -> None:
 
 
 def _controlled(control: str, client: Client, schedule: Schedule, stop: StopSignal) -> None:
-    die_with_parent()
     Session(client, schedule, Channel(connect(Address.parse(control))), stop).run()
 
 
@@ -99,9 +100,15 @@ def _by_hand(flags: Flags, client: Client, schedule: Schedule, stop: StopSignal)
     records = open_ring(ring).records
     ring.unlink()
     span_s = min(elapsed_s, duration_s) if stop.requested else duration_s
-    asked = 0.0 if client.free_running else client.options.rate
-    print(f"{line(counts, records, asked, span_s)} -> {csv}", flush=True)
+    print(f"{line(counts, records, _asked(client), span_s)} -> {csv}", flush=True)
     _judge(counts, stop)
+
+
+def _asked(client: Client) -> str:
+    if client.free_running:
+        return "one after another"
+    rate = client.options.rate
+    return f"asked {rate:.4g}/s" if rate else "as in the trace"
 
 
 def _duration_s(flags: Flags, schedule: Schedule) -> float:

@@ -6,7 +6,7 @@
           status u32 | batch u32 | t_rx i64 | reply_len u64       written when the reply is here
           | 10 x server stamp i64
 
-A slot is written in place by two `pack_into` of 0.2 µs each; the pages belong to the kernel, so a client that
+A slot is written in place by two `pack_into`, 0.4 µs together; the pages belong to the kernel, so a client that
 is killed keeps every record it made. UNSENT marks a request that was never begun, LOST one that was sent and
 not answered: of a killed client both are true as they stand. A slot with t_intended = 0 was never used.
 
@@ -154,12 +154,8 @@ class RingWriter:
         _TX.pack_into(self.buffer, at + _WAKE_AT, 0, 0, 0, UNSENT)
 
     def wake(self, index: int, now_ns: int) -> None:
-        """The sender woke up for this request."""
+        """The sender woke up for this request and never got it to the kernel."""
         _WAKE.pack_into(self.buffer, self.offset + index * SLOT_SIZE + _WAKE_AT, now_ns)
-
-    def woken_at(self, index: int) -> int:
-        """What `wake` wrote."""
-        return int(_WAKE.unpack_from(self.buffer, self.offset + index * SLOT_SIZE + _WAKE_AT)[0])
 
     def tx(self, index: int, wake_ns: int, start_ns: int, done_ns: int) -> None:
         """The request has left (done_ns = 0: only a part of it); it is LOST until a reply comes."""

@@ -63,6 +63,7 @@ class Sender:
         self._views = [memoryview(payload) for payload in work.payloads]
         self._last = len(work)
         self._due = self._head = 0
+        self._wakes = [0] * len(work)
         self._rest: memoryview | None = None
         self._rest_start = 0
         self._blocked = self._dead = False
@@ -82,6 +83,8 @@ class Sender:
                 self._loop()
         finally:
             self._close()
+        for index in range(self._head, self._due):
+            ring.wake(index, self._wakes[index])
         ring.lose_unsent(self._last)
         return count(ring.records, self._strays, self._backlog_max, time.process_time() - cpu_s, self._fault)
 
@@ -129,7 +132,7 @@ class Sender:
         """Move `due` past everything whose instant has come."""
         due, last, intended = self._due, self._last, self._work.intended_ns
         while due < last and intended[due] <= now:
-            self._ring.wake(due, now)
+            self._wakes[due] = now
             due += 1
         self._due = due
 
@@ -144,7 +147,7 @@ class Sender:
     def _send(self, index: int) -> None:
         work, header = self._work, self._header
         payload = self._views[work.payload_of[index]]
-        wake, start = self._ring.woken_at(index), now_ns()
+        wake, start = self._wakes[index], now_ns()
         pack_request_into(
             header, Kind.INFER, work.stream, work.ids[index], len(payload), work.intended_ns[index], start
         )
@@ -186,7 +189,7 @@ class Sender:
                 self._block()
                 return
             self._rest = None
-            self._ring.tx(self._head, self._ring.woken_at(self._head), self._rest_start, now_ns())
+            self._ring.tx(self._head, self._wakes[self._head], self._rest_start, now_ns())
             self._sent += 1
             self._head += 1
         self._blocked = False

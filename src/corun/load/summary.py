@@ -39,15 +39,14 @@ def _pair(duration_ns: NDArray[np.int64]) -> tuple[float | None, float | None]:
     return percentile_of(duration_ms, 50), percentile_of(duration_ms, 99)
 
 
-def line(counts: Counts, records: Records, asked_rate: float, duration_s: float) -> str:
-    """`100 sent in 10 s (asked 10.0/s, sent 10.0/s); sojourn p50 8.1 ms, p99 n/a; ...`"""
+def line(counts: Counts, records: Records, asked: str, duration_s: float) -> str:
+    """`100 of 100 sent, 10/s (asked 10/s); sojourn p50 8.1 ms, p99 n/a; ...`"""
     found = latencies(records)
     figures = "; ".join(
         f"{name} p50 {_ms(pair[0])}, p99 {_ms(pair[1])}"
         for name, pair in (("sojourn", found.sojourn), ("response", found.response), ("slip", found.slip))
     )
-    asked = f"{asked_rate:.4g}/s" if asked_rate else "as recorded"
-    sent = f"{counts.sent} of {counts.scheduled} sent, {sent_rate(records, duration_s):.4g}/s (asked {asked})"
+    sent = f"{counts.sent} of {counts.scheduled} sent, {sent_rate(records, duration_s):.4g}/s ({asked})"
     return f"{sent}; {figures}; {counts.errors} errors, {counts.lost} lost"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from corun.wire.messages import Hello, Load
 
 ANSWER_S = 10.0
 LOAD_S = 600.0
+LOOK_EVERY_S = 0.1
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -41,11 +43,15 @@ def find(address: Address, model: str = "", options: Mapping[str, Any] | None = 
     """The server at `address`, made to serve `model` if it has another one or none; "" takes what it has.
 
     wait_s: how long a server that is just starting is waited for. Raises PeerClosed when nobody is there and
-    InputError when the server cannot load the model.
+    InputError when the server cannot load the model, or has none and none is asked for.
     """
+    patience = time.monotonic() + wait_s
     channel = Channel(connect(address, max(wait_s, ANSWER_S), retry=wait_s > 0))
     try:
         body = _hello(channel)
+        while not model and not body.get("model") and time.monotonic() < patience:
+            time.sleep(LOOK_EVERY_S)
+            body = _hello(channel)
         if model and body.get("model") != model:
             _load(channel, address, model, options or {})
             body = _hello(channel)
@@ -55,6 +61,8 @@ def find(address: Address, model: str = "", options: Mapping[str, Any] | None = 
         raise PeerClosed(f"what listens at {address} is not a corun server: {error}") from error
     finally:
         channel.close()
+    if not body.get("model"):
+        raise InputError(f"the server at {address} has no model; give --model")
     return _target(address, body)
 
 

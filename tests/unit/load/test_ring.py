@@ -63,7 +63,7 @@ def test_a_slot_reads_back_as_it_was_written(
     path = tmp_path / "a.ring"
     writer = write(path)
     writer.wake(1, wake)
-    assert writer.woken_at(1) == wake
+    assert writer.records["t_wake"].tolist() == [0, wake, 0]
     writer.tx(1, wake, start, done)
     writer.rx(1, status, batch, rx, length, stamps)
     writer.close()

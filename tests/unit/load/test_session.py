@@ -342,6 +342,17 @@ def test_a_server_with_another_model_is_asked_to_load_ours(server: EchoServer) -
         targets.find(server.address, "nonsense")
 
 
+def test_a_server_without_a_model_is_waited_for_or_refused() -> None:
+    """With a model asked for it is loaded; without one a starting server has wait_s to finish loading."""
+    with EchoServer(Behaviour(model="")) as server:
+        with pytest.raises(InputError, match="has no model; give --model"):
+            targets.find(server.address)
+        threading.Timer(0.3, lambda: setattr(server, "model", "late")).start()
+        assert targets.find(server.address, wait_s=20).model == "late"
+    with EchoServer(Behaviour(model="")) as server:
+        assert targets.find(server.address, "null").model == "null"
+
+
 def test_nobody_and_somebody_else_are_told_apart() -> None:
     """No listener, and a listener that does not speak our protocol, each get a sentence."""
     listener = socket.create_server(("127.0.0.1", 0))
