@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import re
 import itertools
+import re
 import socket
 import time
 from pathlib import Path
