@@ -84,9 +84,9 @@ def _slip(row: dict[str, Any], where: str) -> list[Flag]:
 def _clients(summary: Summary) -> list[Flag]:
     """Client CPU over 70 % of a core: the generator itself may be the bottleneck."""
     durations = {
-        entry["index"]: (entry["stop_ns"] - entry["start_ns"]) / 1e9 for entry in summary.manifest["segments"]
+        entry["index"]: (entry["stop_ns"] - entry["start_ns"]) / 1e9 for entry in summary.manifest.get("segments", [])
     }
-    arms = {entry["index"]: entry["arm"] for entry in summary.manifest["segments"]}
+    arms = {entry["index"]: entry["arm"] for entry in summary.manifest.get("segments", [])}
     flags = []
     for entry in summary.manifest.get("counts", []):
         if entry["role"] != "client" or entry.get("cpu_s") is None or not durations.get(entry["segment"]):

@@ -67,6 +67,13 @@ class Run:
         )
 
     @property
+    def services(self) -> tuple[str, ...]:
+        """Names of the services that have rows at their client, in the configuration's order."""
+        asked = [str(entry.get("name")) for entry in (self.manifest.get("config") or {}).get("services", [])]
+        known = [name for name in asked if name in self.infer_client]
+        return tuple(dict.fromkeys([*known, *self.infer_client]))
+
+    @property
     def arms(self) -> tuple[str, ...]:
         """Arms that were measured, in the order alone, train, corun."""
         found = {window.arm for window in self.windows}

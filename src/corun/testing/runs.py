@@ -71,7 +71,11 @@ class FakeTrain:
 
 @dataclass(frozen=True)
 class FakeRun:
-    """One run. factor: on every service time. noise: standard deviation of the log factor of one window."""
+    """One run. factor: on every service time. noise: standard deviation of the log factor of one window.
+
+    seed decides what is scheduled, draw everything that is not: two runs of one seed and different draws are an
+    A/A pair.
+    """
 
     services: Sequence[FakeService] = (FakeService(),)
     train: FakeTrain | None = field(default_factory=FakeTrain)
@@ -79,6 +83,7 @@ class FakeRun:
     repeat: int = 1
     duration_s: Mapping[str, float] = field(default_factory=lambda: {"alone": 36.0, "train": 8.0, "corun": 36.0})
     seed: int = 0
+    draw: int = 0
     factor: float = 1.0
     noise: float = 0.0
     gpu: bool = False
@@ -273,7 +278,7 @@ def _window_rows(
     due: NDArray[np.int64],
     busy: _Busy,
 ) -> Iterator[Row]:
-    rng = np.random.default_rng([fake.seed, window.segment.repeat, window.segment.index, stream])
+    rng = np.random.default_rng([fake.seed, fake.draw, window.segment.index, stream])
     factor = fake.factor * service.slowdown.get(window.segment.arm, 1.0) * math.exp(fake.noise * rng.normal())
     common = {
         "infer_model_name": service.name,
@@ -366,7 +371,7 @@ def _training(path: Path, fake: FakeRun, pair: configs.Pair, windows: Sequence[_
 
 
 def _steps(fake: FakeRun, train: FakeTrain, window: _Window, number: int) -> Iterator[Row]:
-    rng = np.random.default_rng([fake.seed, window.segment.index, 2**20])
+    rng = np.random.default_rng([fake.seed, fake.draw, window.segment.index, 2**20])
     slow = train.slowdown if window.segment.arm == "corun" else 1.0
     slow *= math.exp(fake.noise * rng.normal())
     at_ns = window.start_ns
