@@ -10,6 +10,7 @@ that no late reply of one segment is read in the next.
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,6 +111,7 @@ class Client:
         ring = RingWriter(self.ring_path(arm.segment), len(work), metadata)
         runner, waiter = self._runner(arm, work, ring, rests_ns)
         self._segment = _Segment(runner, waiter, ring, metadata, self.free_running)
+        gc.collect()
 
     def _runner(
         self, arm: Arm, work: Work, ring: RingWriter, rests_ns: list[int] | None

@@ -126,8 +126,10 @@ class Watch(Protocol):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No garbage collection inside: what exists is frozen, what is made is freed by reference count."""
-    gc.collect()
+    """No garbage collection inside: what exists is frozen, what is made is freed by reference count.
+
+    Nothing slow happens here, the window may already have begun; a collection belongs to arming.
+    """
     gc.freeze()
     gc.disable()
     try:
