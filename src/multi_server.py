@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 from datetime import datetime
@@ -78,7 +79,7 @@ def main(
         with StopSignal() as stop, Family(directory) as family:
             for index, address in enumerate(addresses):
                 service = Service(arch=names[index] if names else "none", name=_name(names, index), **options)
-                argv, environment = commands.server(service, address, directory, None)
+                argv, environment = commands.server(service, address, directory, os.getpid())
                 family.start("server", service.label, argv, environment)
             raise typer.Exit(_watch(family, addresses, stop, directory))
 

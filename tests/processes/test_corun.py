@@ -264,6 +264,17 @@ def test_multi_server_and_multi_client_measure_and_resume(start: Start, free_por
     assert list((tmp_path / "servers" / "infer_server").glob("*.csv"))
 
 
+def test_servers_die_with_a_killed_multi_server(start: Start, free_port: Ports, tmp_path: Path) -> None:
+    """kill -9 of multi_server.py leaves no server behind."""
+    servers = start("multi_server.py", "--num", 2, "--port", free_port(2), "--out", tmp_path / "servers")
+    wait_until(lambda: "servers starting" in servers.output())
+    logs = tmp_path / "servers" / "logs"
+    wait_until(lambda: all("ready" in log.read_text() for log in logs.glob("*.log")))
+    pids = _pids(tmp_path / "servers")
+    servers.signal(signal.SIGKILL)
+    wait_until(lambda: not [name for name, pid in pids.items() if is_running(pid)], 15)
+
+
 def test_multi_server_names_the_server_that_dies(start: Start, free_port: Ports, tmp_path: Path) -> None:
     """kill -9 of one server is reported with its address; the other goes on answering."""
     port = free_port(2)

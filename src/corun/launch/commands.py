@@ -38,7 +38,7 @@ def image_size(service: Service) -> int | None:
     return service.image_size or registry.model(service.arch).image_size or None
 
 
-def server(service: Service, address: Address, out: Path, parent_pid: int | None) -> Command:
+def server(service: Service, address: Address, out: Path, parent_pid: int) -> Command:
     """src/server.py for one service."""
     return [
         *_script("server.py"),
