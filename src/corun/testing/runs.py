@@ -431,7 +431,7 @@ def _profile(path: Path, fake: FakeRun, pair: configs.Pair, windows: Sequence[_W
             host.row(_host_row(stamp, tick, sum(float(total[tick]) for total in used.values())))
             processes.rows(list(_process_rows(fake, pair, stamp, tick, used)))
             if fake.gpu:
-                gpu.row(_gpu_row(stamp, tick))
+                gpu.row(_gpu_row(stamp, tick, len(fake.services) + bool(fake.train)))
 
 
 def _tick(windows: Sequence[_Window], tick: int) -> Row:
@@ -485,7 +485,7 @@ def _works(role: str, arm: str) -> bool:
     return arm == "corun" or arm == {"server": "alone", "trainer": "train"}.get(role)
 
 
-def _gpu_row(stamp: Row, tick: int) -> Row:
+def _gpu_row(stamp: Row, tick: int, processes: int) -> Row:
     load = {"alone": 24, "train": 66, "corun": 81}.get(stamp["arm"], 0)
     return {
         **stamp,
@@ -500,5 +500,5 @@ def _gpu_row(stamp: Row, tick: int) -> Row:
         "sm_clock_mhz": 1_700,
         "temp_c": 52,
         "throttle_reasons": 0,
-        "processes": 3,
+        "processes": processes,
     }
