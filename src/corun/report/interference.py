@@ -160,6 +160,8 @@ def kept(conditions: Sequence[Condition]) -> Matrix:
 
 def _middle(values: Sequence[float]) -> float:
     """Geometric mean: ratios of it are ratios of typical runs."""
+    if len(values) == 1:
+        return values[0]
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 

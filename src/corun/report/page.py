@@ -136,9 +136,20 @@ def doubts(flags: list[Flag]) -> str:
     """Why the numbers may not be trusted, above all of them."""
     if not flags:
         return '<p class="sound">✓ Every validity check passed.</p>'
-    items = "".join(f"<li>{escape(flag.sentence)}</li>" for flag in flags)
+    kinds: dict[str, list[str]] = {}
+    for flag in flags:
+        kinds.setdefault(flag.check, []).append(flag.sentence)
+    items = "".join(_doubt(*sentences) for sentences in kinds.values())
     head = "One reason to doubt these numbers" if len(flags) == 1 else f"{len(flags)} reasons to doubt these numbers"
     return f'<aside class="doubt" aria-label="Validity">\n<h2>{head}</h2>\n<ul>{items}</ul>\n</aside>'
+
+
+def _doubt(first: str, *more: str) -> str:
+    """One kind of doubt: its first sentence, and the same about others folded away when there are many."""
+    if len(more) <= 1:
+        return "".join(f"<li>{escape(sentence)}</li>" for sentence in (first, *more))
+    inside = "".join(f"<li>{escape(sentence)}</li>" for sentence in more)
+    return f"<li>{escape(first)}{html.folded(f'{len(more)} more of this kind', f'<ul>{inside}</ul>')}</li>"
 
 
 # The large figures
@@ -289,6 +300,7 @@ def _run_facts(run: Run) -> Iterator[tuple[str, Any]]:
     yield "seed", config.get("seed")
     yield "schedule", f"sha256 {manifest['schedule_sha256']}" if manifest.get("schedule_sha256") else None
     yield "threads", ", ".join(f"{who} {count}" for who, count in (manifest.get("threads") or {}).items())
+    yield "clients wait by", _senders(manifest)
     if git.get("commit"):
         yield "code", f"{git['commit'][:12]}{', with local changes' if git.get('dirty') else ''}"
 
@@ -305,7 +317,7 @@ def _services(manifest: Manifest) -> str:
             entry.get("name"),
             entry.get("arch"),
             weights(manifest, "server", str(entry.get("name"))),
-            entry.get("device"),
+            _hello(manifest, "server", str(entry.get("name"))).get("device") or entry.get("device"),
             entry.get("precision"),
             entry.get("rate"),
             _process(entry),
@@ -338,11 +350,26 @@ def _job(manifest: Manifest) -> str:
 
 def weights(manifest: Manifest, role: str, name: str) -> str | None:
     """The label of the weights a process used: random, default, or the file's digest."""
-    for process in manifest.get("processes", []):
-        if process.get("role") == role and process.get("name") == name:
-            hello = process.get("hello") or {}
-            return hello.get("weights_label") or (hello.get("info") or {}).get("weights")
-    return None
+    hello = _hello(manifest, role, name)
+    return hello.get("weights_label") or (hello.get("info") or {}).get("weights")
+
+
+def _hello(manifest: Manifest, role: str, name: str) -> dict[str, Any]:
+    """What a process said about itself when it was ready."""
+    processes = manifest.get("processes", [])
+    found = [process for process in processes if process.get("role") == role and process.get("name") == name]
+    return (found[0].get("hello") or {}) if found else {}
+
+
+def _senders(manifest: Manifest) -> str:
+    """How the clients waited for their due times, each way once."""
+    timings = [
+        (process.get("hello") or {}).get("timing")
+        for process in manifest.get("processes", [])
+        if process.get("role") == "client"
+    ]
+    said = (f"{timing['rung']}, scheduled {timing['policy']}" for timing in timings if timing and "rung" in timing)
+    return "; ".join(dict.fromkeys(said))
 
 
 def _named(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

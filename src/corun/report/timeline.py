@@ -33,8 +33,9 @@ KEY, TITLE = "timeline", "Timeline"
 DOTS = 5000
 SERVICES = 6
 ROLLING_REQUESTS = (200, 100, 50)
-ROLLING_S = (2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
+ROLLING_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
 TABLE_ROWS = 240
+INVISIBLE = 0.01
 MARKED = {"fault": "fault", "policy": "policy change", "checkpoint": "checkpoint", "epoch": "epoch"}
 
 
@@ -289,6 +290,8 @@ def _steps_panel(ax: Axes, timeline: Timeline, look: Look) -> None:
 def _shares_panel(ax: Axes, shares: Shares, title: str, look: Look) -> None:
     base = np.zeros(len(shares.seconds))
     for role, values in shares.stacked:
+        if float(values.max(initial=0.0)) < INVISIBLE * shares.limit:
+            continue
         ax.fill_between(
             shares.seconds,
             base,
