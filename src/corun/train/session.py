@@ -2,7 +2,9 @@
 
     HELLO ▶   ARM(start_at, stop_at) ◀ ready   START   ── steps ──   DRAIN ◀ counts   …   STOP
 
-Between two steps the control socket is looked at without waiting, so an answer comes within one step.
+Between two steps the control socket is looked at without waiting, so an answer comes within one step. While a gate
+holds the trainer in the middle of a step, STATS and CLOCK are answered at once; anything else opens the gate, so
+that the step ends, and is answered then.
 A step that runs over the window's end is finished and recorded; the summary counts the part inside.
 """
 
@@ -22,6 +24,9 @@ from corun.train.trainer import Step, Trainer
 from corun.wire.channel import Channel, answer_clock
 from corun.wire.frames import RequestHeader
 from corun.wire.messages import Arm, Clock, Drain, Hello, Message, Start, Stats, Stop
+
+
+ANSWERS_AT_ONCE = 4
 
 
 class StepLog:
@@ -67,6 +72,7 @@ class Session:
         self._running = False
         self._steps = 0
         self._last: Step | None = None
+        self._held_back: list[tuple[RequestHeader, Message]] = []
 
     def run(self) -> None:
         hello = Hello(
@@ -80,6 +86,7 @@ class Session:
             info=self._trainer.describe(),
         )
         self._channel.request(hello)
+        self._trainer.gate.attend = self._attend
         while not self._stop.requested and self._answer():
             if self._due():
                 self._train_window()
@@ -99,7 +106,9 @@ class Session:
     def _train_window(self) -> None:
         segment = self._segment
         assert segment is not None
-        while self._running and not self._stop.requested and now_ns() < segment.stop_at_ns:
+        while self._running and self._segment is segment and not self._stop.requested:
+            if now_ns() >= segment.stop_at_ns:
+                break
             if self._trainer.finished:
                 self._log.event("finished", f"{self._trainer.options.epochs} epochs done")
                 break
@@ -107,11 +116,34 @@ class Session:
             self._steps += 1
             if not self._answer():
                 self._stop.request()
-        self._running = False
+        if self._segment is segment:
+            self._running = False
+
+    def _attend(self) -> bool:
+        """Called while the gate holds the trainer; True when the step must come to its end."""
+        while not (self._held_back or self._stop.requested):
+            try:
+                received = self._channel.receive(0.0)
+            except PeerClosed:
+                self._stop.request()
+                break
+            if received is None:
+                return False
+            if isinstance(received[1], Stats | Clock):
+                self._handle(*received, now_ns())
+            else:
+                self._held_back.append(received)
+        return True
 
     def _answer(self) -> bool:
-        """Answer what has arrived; False once the launcher said STOP or went away."""
-        while True:
+        """Answer what has arrived; False once the launcher said STOP or went away.
+
+        A few at a time: a launcher that asks again at every answer must not keep the trainer from its steps.
+        """
+        while self._held_back:
+            if not self._handle(*self._held_back.pop(0), now_ns()):
+                return False
+        for _ in range(ANSWERS_AT_ONCE):
             try:
                 received = self._channel.receive(0.0)
                 if received is None:
@@ -120,6 +152,7 @@ class Session:
                     return False
             except PeerClosed:
                 return False
+        return True
 
     def _handle(self, header: RequestHeader, message: Message, received_ns: int) -> bool:
         match message:
@@ -154,6 +187,7 @@ class Session:
             "loss": last.loss if last else None,
             "samples_per_s": last.samples_per_s if last else None,
             "finished": self._trainer.finished,
+            **self._trainer.gate.report(),
         }
 
 
