@@ -41,6 +41,15 @@ def main(
     threads: Annotated[int, typer.Option(help="intra-op threads; 0 = all cores")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="written at every epoch's end and at the stop")] = None,
     resume: Annotated[bool, typer.Option(help="go on from --checkpoint")] = False,
+    micro: Annotated[int, typer.Option(min=1, help="micro-batches a step is cut into, at least")] = 1,
+    freeze_statistics: Annotated[
+        bool, typer.Option("--freeze-statistics", help="BatchNorm keeps its running statistics")
+    ] = False,
+    gate: Annotated[str, typer.Option(help="MODULE:FUNCTION that makes the gate before each micro-step")] = "",
+    gate_options: Annotated[str, typer.Option(help="JSON object for that function")] = "{}",
+    layer_gate: Annotated[bool, typer.Option("--layer-gate", help="the gate also stands between layers")] = False,
+    run_ahead: Annotated[int, typer.Option(min=1, help="micro-steps in flight on a GPU")] = 1,
+    memory_fraction: Annotated[float, typer.Option(min=0, max=1, help="of the GPU's memory; 0 = no limit")] = 0.0,
     extra: Annotated[str, typer.Option(help="model options as JSON")] = "{}",
     out: Annotated[Path | None, typer.Option(help="directory for train.csv and events.csv")] = None,
     control: Annotated[str | None, typer.Option(help="launcher's address")] = None,
@@ -77,23 +86,44 @@ def main(
             weights=weights,
             checkpoint=checkpoint,
             resume=resume,
-            extra=_json_object(extra),
+            extra=_json_object("--extra", extra),
+            micro=micro,
+            frozen_statistics=freeze_statistics,
+            layer_gate=layer_gate,
+            run_ahead=run_ahead,
         )
-        run(options, steps, out, control)
+        _limit_memory(options.device, memory_fraction)
+        run(options, steps, out, control, gate, _json_object("--gate-options", gate_options))
 
 
-def _json_object(text: str) -> dict[str, object]:
+def _json_object(flag: str, text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"--extra is not JSON: {error}") from error
+        raise InputError(f"{flag} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise InputError("--extra must be a JSON object")
+        raise InputError(f"{flag} must be a JSON object")
     return value
 
 
-def run(options: TrainOptions, steps: int, out: Path | None, control: str | None) -> None:
+def _limit_memory(device: str, fraction: float) -> None:
+    """Bound torch's caching allocator on a GPU."""
+    if fraction and device != "cpu":
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device))
+
+
+def run(
+    options: TrainOptions,
+    steps: int,
+    out: Path | None,
+    control: str | None,
+    gate_spec: str = "",
+    gate_options: dict[str, object] | None = None,
+) -> None:
     """Build the job, then train under the launcher at `control` or alone."""
+    from corun.train.micro import OpenGate, load_gate
     from corun.train.session import Session, StepLog
     from corun.train.trainer import Trainer
     from corun.wire.channel import Channel
@@ -101,13 +131,16 @@ def run(options: TrainOptions, steps: int, out: Path | None, control: str | None
 
     log = StepLog(out, options.model)
     with StopSignal() as stop:
-        trainer = Trainer(options)
+        gate = load_gate(gate_spec, gate_options or {}) if gate_spec else OpenGate()
+        gate.attend = lambda: stop.requested
+        trainer = Trainer(options, gate)
         trainer.warm_up()
         log.event("ready", f"pid {os.getpid()}, {options.model} on {options.device}")
         if control:
             Session(trainer, Channel(connect(Address.parse(control))), log, stop).run()
         else:
             _alone(trainer, log, stop, steps)
+        gate.close()
     log.close()
 
 

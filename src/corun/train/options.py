@@ -16,7 +16,9 @@ class TrainOptions:
 
     epochs: 0 = until stopped. data: a data set's name, `name:/root` or a folder. image_size and num_classes:
     None = the model's and the data set's own. checkpoint: file that is replaced atomically at every epoch's end
-    and at the stop.
+    and at the stop. micro: micro-batches a step is cut into at least (a gate may ask for more). frozen_statistics:
+    BatchNorm keeps its running statistics. layer_gate: the gate also stands between layers. run_ahead: micro-steps
+    in flight on a GPU at most.
     """
 
     model: str
@@ -39,4 +41,8 @@ class TrainOptions:
     weights: str | None = None
     checkpoint: Path | None = None
     resume: bool = False
+    micro: int = 1
+    frozen_statistics: bool = False
+    layer_gate: bool = False
+    run_ahead: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)

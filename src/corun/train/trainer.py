@@ -16,12 +16,28 @@ from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import InputError, RunFault
 from corun.torch_tools import autocast
 from corun.train.loader import Batches
+from corun.train.micro import (
+    LAYER,
+    MICRO,
+    STEP,
+    Gate,
+    OpenGate,
+    RunAhead,
+    freeze_statistics,
+    gate_layers,
+    out_of_memory,
+    part_sizes,
+    split,
+)
 from corun.train.options import OPTIMIZERS, TrainOptions
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step; times in ns of CLOCK_MONOTONIC, loss is the mean over its samples."""
+    """One optimiser step; times in ns of CLOCK_MONOTONIC, loss is the mean over its samples.
+
+    gate_wait_ns: held at the gate, all stops of the step together. micro: parts the batch was cut into.
+    """
 
     epoch: int
     step: int
@@ -31,6 +47,8 @@ class Step:
     decode_ns: int
     samples: int
     loss: float
+    gate_wait_ns: int = 0
+    micro: int = 1
 
     @property
     def samples_per_s(self) -> float:
@@ -49,18 +67,21 @@ class Step:
             "samples": self.samples,
             "samples_per_s": round(self.samples_per_s, 3),
             "loss": self.loss,
+            "gate_wait_ms": round(self.gate_wait_ns / NS_PER_MS, 6),
+            "micro": self.micro,
         }
 
 
 class Trainer:
     """A training job that can be stepped, saved and resumed.
 
-    Bit-repeatable on one device with the same seed and thread count: a job stopped and resumed has the same
-    losses as one that ran through.
+    Bit-repeatable on one device with the same seed, thread count and micro-steps: a job stopped and resumed, or
+    held at its gate, has the same losses as one that ran through.
     """
 
-    def __init__(self, options: TrainOptions) -> None:
+    def __init__(self, options: TrainOptions, gate: Gate | None = None) -> None:
         _check(options)
+        self.gate = gate or OpenGate()
         torch.manual_seed(options.seed)
         model = registry.model(options.model)
         if model.train is None:
@@ -85,6 +106,14 @@ class Trainer:
         self.batches = Batches(self.data, options.batch_size, options.seed, options.workers, options.device != "cpu")
         self._optimizer = _optimizer(options, self.trainable.module)
         self.steps_done = 0
+        self.least_micro = options.micro
+        self._held_ns = 0
+        self._threads = torch.get_num_threads()
+        self._run_ahead = None if options.device == "cpu" else RunAhead(options.run_ahead, torch.cuda.Event)
+        if options.frozen_statistics:
+            freeze_statistics(self.trainable.module)
+        if options.layer_gate:
+            gate_layers(self.trainable.module, lambda: self._stop_at(LAYER))
         if options.resume:
             self._load()
 
@@ -114,17 +143,16 @@ class Trainer:
         return self.batches.index >= self.batches.per_epoch
 
     def step(self) -> Step:
-        """Fetch one batch, make one optimiser step, synchronise the device."""
+        """Fetch one batch, make one optimiser step in as many parts as the gate asks for, synchronise the device."""
         t_start = now_ns()
+        self._held_ns = 0
+        self._stop_at(STEP)
+        self._follow_knobs()
+        t_fetch = now_ns()
         batch, decode_ns = self.batches.next()
         t_data = now_ns()
-        batch = _to(batch, self.options.device)
-        self._optimizer.zero_grad(set_to_none=True)
-        with autocast(self.options):
-            loss = self.trainable.loss(batch)
-        loss.backward()
+        value, parts = self._accumulate(_to(batch, self.options.device))
         self._optimizer.step()
-        value = float(loss.detach())
         if self.options.device != "cpu":
             torch.cuda.current_stream().synchronize()
         self.steps_done += 1
@@ -133,11 +161,65 @@ class Trainer:
             self.steps_done - 1,
             t_start,
             now_ns(),
-            t_data - t_start,
+            t_data - t_fetch,
             decode_ns,
             self.options.batch_size,
             value,
+            self._held_ns,
+            parts,
         )
+
+    def _stop_at(self, boundary: str) -> None:
+        began = now_ns()
+        self.gate.wait(boundary)
+        self._held_ns += now_ns() - began
+
+    def _follow_knobs(self) -> None:
+        threads = self.gate.knobs().threads or self._threads
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+    def _accumulate(self, batch: Any) -> tuple[float, int]:
+        """Gradients of the whole batch; (mean loss, parts). Twice as many parts when memory runs out."""
+        while True:
+            micro = max(self.least_micro, self.gate.knobs().micro)
+            sizes = part_sizes(self.options.batch_size, micro, self.trainable.min_batch)
+            self._optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._backward(batch, sizes), len(sizes)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            self._after_out_of_memory(len(sizes), reason)
+
+    def _backward(self, batch: Any, sizes: list[int]) -> float:
+        cut = getattr(self.trainable, "split", split)
+        parts = [batch] if len(sizes) == 1 else cut(batch, sizes)
+        losses = []
+        for part, size in zip(parts, sizes, strict=True):
+            self._stop_at(MICRO)
+            with autocast(self.options):
+                loss = self.trainable.loss(part)
+            if len(sizes) > 1:
+                loss = loss * (size / self.options.batch_size)
+            loss.backward()
+            losses.append(loss.detach())
+            if self._run_ahead:
+                self._run_ahead.mark()
+        return sum(float(loss) for loss in losses)
+
+    def _after_out_of_memory(self, parts: int, reason: str) -> None:
+        """Ask for twice as many parts from now on; RunFault when they cannot get smaller."""
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.options.device != "cpu":
+            torch.cuda.empty_cache()
+        if len(part_sizes(self.options.batch_size, 2 * parts, self.trainable.min_batch)) == parts:
+            raise RunFault(
+                f"{self.options.model} does not fit into memory even in {parts} micro-batches: {reason}; "
+                "lower batch_size or image_size, or raise the memory limit"
+            )
+        self.least_micro = 2 * parts
 
     def warm_up(self, steps: int = 1) -> None:
         """Run forward and backward `steps` times without touching weights, buffers or the data order."""
@@ -146,14 +228,20 @@ class Trainer:
         rng = torch.get_rng_state()
         for _ in range(steps):
             batch, _ = self.batches.next()
-            with autocast(self.options):
-                self.trainable.loss(_to(batch, self.options.device)).backward()
+            self._warm_up_with(_to(batch, self.options.device))
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(saved[name])
         torch.set_rng_state(rng)
         self.batches.seek(*position)
+
+    def _warm_up_with(self, batch: Any) -> None:
+        gate, self.gate = self.gate, OpenGate()
+        try:
+            self._accumulate(batch)
+        finally:
+            self.gate = gate
 
     def save(self, path: Path) -> None:
         """Write a checkpoint next to `path` and move it there in one step."""
@@ -206,6 +294,10 @@ def _check(options: TrainOptions) -> None:
         problems.append(f'optimizer is "{options.optimizer}"; use one of {", ".join(OPTIMIZERS)}')
     if options.precision not in registry.PRECISIONS:
         problems.append(f'precision is "{options.precision}"; use one of {", ".join(registry.PRECISIONS)}')
+    if options.micro < 1 or options.run_ahead < 1:
+        problems.append(f"micro is {options.micro} and run_ahead {options.run_ahead}; both must be 1 or more")
+    if options.layer_gate and options.compile:
+        problems.append("layer_gate and compile exclude each other: compiled code has no layers to stop between")
     if problems:
         raise InputError("the training job cannot start", problems)
 
