@@ -1,4 +1,4 @@
-"""The end of a run: summary, validity, the table on the console, and the figures for an index and for --json."""
+"""The end of a run: summary, attribution, validity, the table on the console, and the figures for an index and for --json."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 from rich.console import Console
 
+from corun.report import attribution
 from corun.report import console as table
 from corun.report.summary import Summary, as_json, summarise
 from corun.report.validity import check
 
 
 def conclude(path: Path, console: Console | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write summary and validity of a run directory, print the table; returns (index figures, JSON answer)."""
+    """Write summary, attribution and validity of a run directory, print the table; returns (index figures, JSON answer)."""
     summary = summarise(path)
+    attribution.write(path)
     flags = check(summary)
     if console:
         table.show(summary, flags, console)
