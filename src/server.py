@@ -32,7 +32,7 @@ def main(
     queue_limit: Annotated[int, typer.Option(min=1, help="requests that may wait; more are rejected")] = 1024,
     max_batch: Annotated[int, typer.Option(min=1, help="dynamic batching: largest batch")] = 1,
     max_delay_ms: Annotated[float, typer.Option(min=0, help="dynamic batching: longest wait for a batch")] = 0.0,
-    policy: Annotated[str, typer.Option(help="order of the queue")] = "fifo",
+    policy: Annotated[str, typer.Option(help="order of the queue: fifo, sjf, edf, hrrn or hrrn-stale")] = "fifo",
     precision: Annotated[str, typer.Option(help=", ".join(registry.PRECISIONS))] = "fp32",
     channels_last: Annotated[bool, typer.Option("--channels-last")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile")] = False,
