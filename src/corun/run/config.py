@@ -34,6 +34,7 @@ def _no_arch(value: Any) -> Any:
 Arch = Annotated[str, BeforeValidator(_no_arch)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
+Bound = Annotated[float, Field(gt=0)]
 
 
 class _Model(BaseModel):
@@ -66,6 +67,21 @@ class Train(_Model):
     verbose: bool | None = Field(None, description="a key of the original; has no effect")
 
 
+class Slo(_Model):
+    """Promises about a service's latency in ms, from the intended send time; max is that of every request."""
+
+    p50_ms: Bound | None = None
+    p90_ms: Bound | None = None
+    p95_ms: Bound | None = None
+    p99_ms: Bound | None = None
+    max_ms: Bound | None = None
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """What was promised, `{"p99_ms": 100.0}`."""
+        return self.model_dump(exclude_none=True)
+
+
 class Service(_Model):
     """One service and the load its client sends; arch "None" = no inference."""
 
@@ -92,6 +108,7 @@ class Service(_Model):
     max_batch: Positive = 1
     max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
     policy: str = "fifo"
+    slo: Slo = Field(Slo(), description="promises of this service; they replace the same ones of the whole file")
     extra: dict[str, Any] = {}
     batch_size: int | None = Field(None, description="a key of the original; has no effect: see max_batch")
     workers: int | None = Field(None, description="a key of the original; has no effect")
@@ -133,6 +150,8 @@ class Config(_Model):
     period_s: Annotated[float, Field(gt=0)] = 1.0
     drain_timeout_s: Seconds = 10.0
     start_timeout_s: Seconds = 180.0
+    slo: Slo = Field(Slo(), description='promises of every service, e.g. {"p99_ms": 100}; exit code 3 when not kept')
+    calibrate: bool = Field(True, description="measure client and null server alone for 2 s before the first run")
 
     @field_validator("arms")
     @classmethod
@@ -182,12 +201,19 @@ class Pair(_Model):
         """sha256 of the resolved cell: the name of its directory in a sweep."""
         return digest(self.resolved())
 
+    @property
+    def promises(self) -> dict[str, dict[str, float]]:
+        """SLO bounds by service and percentile: `{"resnet18": {"p99_ms": 100.0}}`; services without any are left out."""
+        shared = self.config.slo.bounds
+        found = {service.label: {**shared, **service.slo.bounds} for service in self.services}
+        return {name: bounds for name, bounds in found.items() if bounds}
+
     def resolved(self) -> dict[str, Any]:
-        """Everything that determines the measurement, as plain JSON values."""
-        rest = self.config.model_dump(mode="json", exclude={"train", "infer", "arms"})
+        """Everything that determines the measurement, as plain JSON values; promises judge it, they do not change it."""
+        rest = self.config.model_dump(mode="json", exclude={"train", "infer", "arms", "slo", "calibrate"})
         return {
             "train": self.train.model_dump(mode="json") if self.train else None,
-            "services": [service.model_dump(mode="json") for service in self.services],
+            "services": [service.model_dump(mode="json", exclude={"slo"}) for service in self.services],
             "arms": list(self.arms),
             **({"beside": self.beside} if self.beside else {}),
             **rest,
@@ -254,11 +280,18 @@ def _sentence(problem: Any, value: dict[str, Any]) -> str:
     location = _location(problem["loc"], value)
     path = ".".join(str(part) for part in location) or "(top)"
     if problem["type"] == "extra_forbidden":
-        model = Config if len(location) == 1 else Train if location[0] == "train" else Service
+        model = _model_at(location)
         return f"{path}: unknown key{suggest(str(location[-1]), model.model_fields)}"
     got = problem.get("input")
     shown = f" (got {json.dumps(got)})" if isinstance(got, str | int | float | bool) else ""
     return f"{path}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _model_at(location: list[Any]) -> type[_Model]:
+    """The model whose keys stand beside the last part of a path."""
+    if "slo" in location[:-1]:
+        return Slo
+    return Config if len(location) == 1 else Train if location[0] == "train" else Service
 
 
 def _location(loc: tuple[Any, ...], value: dict[str, Any]) -> list[Any]:
