@@ -215,7 +215,7 @@ def read_shard(path: Path) -> Mapping[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError):  # a file older than torch 1.6 has no mappable layout
         state = torch_tools.read_state_dict(path)
-    except (pickle.UnpicklingError, EOFError, OSError) as error:
+    except (pickle.UnpicklingError, LookupError, EOFError, OSError) as error:
         raise InputError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
     if not isinstance(state, Mapping):
         raise InputError(f"{path} is not a state dict (a mapping from names to tensors)")
