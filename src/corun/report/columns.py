@@ -15,10 +15,12 @@ from pathlib import Path
 from corun.errors import InputError, guard
 from corun.profile.tables import GPU, PROCESS, PROFILE
 from corun.registry import home
+from corun.report.attribution import ATTRIBUTION
 from corun.run.records import EVENTS, INFER_CLIENT, INFER_SERVER, SCHEMA_VERSION, SUMMARY, TRAIN, Table
+from corun.serve.loop import INFER_LOOP
 
 KINDS = {"int": "integer", "float": "number", "str": "text"}
-GENERATED = "<!-- made by `python -m corun.report.columns`; edit corun/run/records.py or corun/profile/tables.py -->"
+GENERATED = "<!-- made by `python -m corun.report.columns`; edit the tables in src/corun instead -->"
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
@@ -36,6 +38,7 @@ FILES = (
     File("schedule.npy", "every intended send time, made before the run from its seed; its hash is in the manifest"),
     File("infer_client/<service>.csv", "one row per request as the client saw it, with the server's stamps", INFER_CLIENT),
     File("infer_server/<service>.csv", "one row per request as the server saw it", INFER_SERVER),
+    File("infer_loop/<loop>.csv", "one row per inference of a loop without sockets (multi_infer.py)", INFER_LOOP),
     File("train.csv", "one row per optimiser step", TRAIN),
     File("profile.csv", "one row per tick of the profiler: the host", PROFILE),
     File("gpu.csv", "one row per tick and GPU", GPU),
@@ -43,6 +46,8 @@ FILES = (
     File("events.csv", "what happened when: processes ready, windows, epochs, checkpoints, faults", EVENTS),
     File("summary.csv", "one row per arm, repeat and service or training job; rows without a repeat hold all repeats", SUMMARY),
     File("summary.json", "the same, all repeats together, with the ratios between the arms"),
+    File("attribution.csv", "who used the machine: CPU, memory, GPU and energy by role and arm", ATTRIBUTION),
+    File("calibration.json", "client and null server alone on this machine, measured before the run"),
     File("validity.json", "every reason to doubt a number; nothing is ever thrown away because of one"),
     File("report.html", "the page made by `python src/report.py RUN`, one file that loads nothing; its figures are in report/"),
     File("processes.jsonl", "role, name and pid of every process, as the profiler followed them"),

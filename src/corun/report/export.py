@@ -8,9 +8,11 @@ from typing import Any
 
 from corun.errors import InputError, RunFault
 from corun.profile.tables import GPU, PROCESS, PROFILE
+from corun.report.attribution import ATTRIBUTION
 from corun.report.summary import as_json, summarise
 from corun.report.validity import check
 from corun.run.records import EVENTS, INFER_CLIENT, INFER_SERVER, SUMMARY, TRAIN, Table
+from corun.serve.loop import INFER_LOOP
 
 COMPRESSION = "zstd"
 
@@ -88,6 +90,8 @@ def definition(source: Path) -> Table:
     tables = {
         "infer_client": INFER_CLIENT,
         "infer_server": INFER_SERVER,
+        "infer_loop": INFER_LOOP,
+        "attribution.csv": ATTRIBUTION,
         "train.csv": TRAIN,
         "profile.csv": PROFILE,
         "gpu.csv": GPU,

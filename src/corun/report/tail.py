@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from corun.report.exhibit import Data, Exhibit, missing
 from corun.report.look import Look, grid, height, plain_log
+from corun.report.timeline import requests
 from corun.run.read import Run
 from corun.stats.percentiles import PERCENTILES, percentile_of
 
@@ -47,8 +48,7 @@ def exhibit(run: Run) -> Exhibit:
 def make(run: Run) -> list[Tail]:
     """Sojourn times by service and arm, services without an answer left out."""
     tails = []
-    for service in run.services:
-        table = run.infer_client[service]
+    for service, table in requests(run):
         by_arm = {
             arm: np.sort(table["sojourn_ms"][(table["status"] == "OK") & (table["arm"] == arm)]) for arm in run.arms
         }

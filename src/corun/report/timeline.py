@@ -97,7 +97,7 @@ def make(run: Run) -> Timeline:
     """Reduce a run (at least one window) to what the figure shows."""
     origin_ns = min(window.start_ns for window in run.windows)
     end_ns = max(window.stop_ns for window in run.windows)
-    services = [_latency(name, table, run.windows, origin_ns) for name, table in clients(run)]
+    services = [_latency(name, table, run.windows, origin_ns) for name, table in requests(run)]
     worst = sorted(services, key=lambda s: -(np.quantile(s.ms, 0.99) if len(s.ms) else 0.0))[:SERVICES]
     kept = tuple(service for service in services if service in worst)
     return Timeline(
@@ -114,9 +114,14 @@ def make(run: Run) -> Timeline:
     )
 
 
-def clients(run: Run) -> list[tuple[str, Table]]:
-    """The client table of each service, in the configuration's order."""
-    return [(name, run.infer_client[name]) for name in run.services]
+def requests(run: Run) -> list[tuple[str, Table]]:
+    """The client's table of each service, in the configuration's order; loops as if each inference were a request."""
+    loops = [
+        (name, {**table, "t_intended_ns": table["t_start_ns"], "sojourn_ms": table["latency"]})
+        for name, table in run.infer_loop.items()
+        if len(table.get("t_start_ns", ()))
+    ]
+    return [(name, run.infer_client[name]) for name in run.services] + loops
 
 
 def _latency(name: str, table: Table, windows: Sequence[Window], origin_ns: int) -> Latency:
@@ -406,7 +411,7 @@ def _data(run: Run) -> Data:
     cells.append([round(float(edge - origin_ns) / NS_PER_S, 3) for edge in edges[:-1]])
     cells.append([window.arm if window else "" for window in inside])
     cells.append([window.repeat if window else None for window in inside])
-    for name, table in clients(run):
+    for name, table in requests(run):
         ok = select(table, table["status"] == "OK")
         place = np.searchsorted(edges, ok["t_intended_ns"], side="right") - 1
         groups = [ok["sojourn_ms"][place == index] for index in range(len(middles))]

@@ -54,6 +54,7 @@ class Run:
     windows: tuple[Window, ...]
     infer_client: Mapping[str, Any] = field(default_factory=dict)
     infer_server: Mapping[str, Any] = field(default_factory=dict)
+    infer_loop: Mapping[str, Any] = field(default_factory=dict)
     train: Any = field(default_factory=dict)
     profile: Any = field(default_factory=dict)
     gpu: Any = field(default_factory=dict)
@@ -94,6 +95,7 @@ def read(path: Path | str, frames: bool = False) -> Run:
         windows(manifest),
         infer_client={name: view(table) for name, table in _folder(path / "infer_client", INFER_CLIENT)},
         infer_server={name: view(table) for name, table in _folder(path / "infer_server", INFER_SERVER)},
+        infer_loop={file.stem: view(read_any(file)) for file in sorted((path / "infer_loop").glob("*.csv"))},
         train=view(read_table(path / "train.csv", TRAIN)),
         events=view(read_table(path / "events.csv", EVENTS)),
         **{name: view(read_any(path / f"{name}.csv")) for name in ("profile", "gpu", "process")},

@@ -426,12 +426,15 @@ def _profile(path: Path, fake: FakeRun, pair: configs.Pair, windows: Sequence[_W
         TableWriter(path / "process.csv", PROCESS) as processes,
         TableWriter(path / "gpu.csv", GPU) as gpu,
     ):
+        energy_mj = 0
         for tick in range(busy.seconds + 1):
             stamp = _tick(windows, tick)
             host.row(_host_row(stamp, tick, sum(float(total[tick]) for total in used.values())))
             processes.rows(list(_process_rows(fake, pair, stamp, tick, used)))
             if fake.gpu:
-                gpu.row(_gpu_row(stamp, tick, len(fake.services) + bool(fake.train)))
+                row = _gpu_row(stamp, energy_mj, len(fake.services) + bool(fake.train))
+                energy_mj += row["power_mw"]
+                gpu.row(row)
 
 
 def _tick(windows: Sequence[_Window], tick: int) -> Row:
@@ -485,13 +488,13 @@ def _works(role: str, arm: str) -> bool:
     return arm == "corun" or arm == {"server": "alone", "trainer": "train"}.get(role)
 
 
-def _gpu_row(stamp: Row, tick: int, processes: int) -> Row:
+def _gpu_row(stamp: Row, energy_mj: int, processes: int) -> Row:
     load = {"alone": 24, "train": 66, "corun": 81}.get(stamp["arm"], 0)
     return {
         **stamp,
         "gpu": 0,
         "power_mw": 60_000 + 2_000 * load,
-        "energy_mj": tick * (60_000 + 100_000),
+        "energy_mj": energy_mj,
         "power_limit_mw": 300_000,
         "util_gpu_pct": load,
         "util_mem_pct": load // 2,

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from corun.errors import InputError
-from corun.report import html, page, sweep_page
+from corun.report import attribution, html, numbers, page, sweep_page, timeline
 from corun.report.exhibit import Data, Exhibit, missing
 from corun.report.html import Drawn
+from corun.report.loops import summarise_loops
 from corun.report.page import Report
 from corun.report.summary import Summary, summarise
 from corun.report.validity import Flag, check
 from corun.run.read import Run, read
+from corun.run.table import TableWriter
+from corun.serve.loop import INFER_LOOP
 from corun.testing.runs import FakeRun, FakeService, FakeTrain, write_run, write_sweep
 
 SHORT = {"alone": 4.0, "train": 2.0, "corun": 4.0}
@@ -244,3 +247,42 @@ def test_exhibits_are_unique(run: Run, summary: Summary) -> None:
     keys = [exhibit.key for exhibit in page.exhibits(run, summary)]
     assert len(set(keys)) == len(keys)
     assert all(isinstance(exhibit, Exhibit) for exhibit in page.exhibits(run, summary))
+
+
+def test_use_of_the_machine(tmp_path: Path) -> None:
+    """Who used the machine stands by arm; energy adds up to the total; columns nobody could read are left out."""
+    path = write_run(tmp_path / "run", FakeRun(gpu=True, duration_s=SHORT))
+    rows = attribution.attribute(path)
+    text = numbers.usage(rows)
+    assert "server resnet18" in text
+    assert "GPU energy, J" in text
+    assert "CPU energy" not in text
+    assert "waited for cores" not in text
+    pooled = [row for row in rows if row["repeat"] is None and row["arm"] == "corun"]
+    total = next(row["gpu_energy_mj"] for row in pooled if row["role"] == "total")
+    assert sum(row.get("gpu_energy_mj") or 0 for row in pooled if row["role"] != "total") == total > 0
+    assert "nobody knows" in numbers.usage([])
+
+
+def test_run_of_loops(tmp_path: Path) -> None:
+    """A run of inference loops has its own table, its dots in the timeline, and its summary.json stays its own."""
+    start = 10**12
+    config = {"loops": [{"name": "resnet18", "arch": "resnet18"}], "train": None}
+    segments = [{"index": 0, "arm": "alone", "repeat": 0, "start_ns": start, "stop_ns": start + 10**10}]
+    tmp_path.joinpath("manifest.json").write_text(
+        json.dumps({"run": "loops", "status": "complete", "config": config, "segments": segments})
+    )
+    with TableWriter(tmp_path / "infer_loop" / "resnet18.csv", INFER_LOOP) as table:
+        for number in range(100):
+            t_ns = start + number * 10**8
+            row = {"loop": "resnet18", "arm": "alone", "repeat": 0, "segment": 0, "id": number, "status": "OK"}
+            table.row({**row, "batch": 1, "latency": 90.0, "t_start_ns": t_ns, "t_end_ns": t_ns + 9 * 10**7})
+    run, summary = read(tmp_path), summarise(tmp_path)
+    loops = summarise_loops(tmp_path)
+    assert [name for name, _ in timeline.requests(run)] == ["resnet18"]
+    drawn = [Drawn(missing(e.key, e.title, e.caption), {}) for e in page.exhibits(run, summary)]
+    text = page.render(Report(run, summary, [], drawn, [], loops))
+    _Page(text)
+    assert "Inference loops" in text
+    assert "90.0" in text
+    assert 'id="latency"' not in text
