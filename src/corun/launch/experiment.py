@@ -24,6 +24,7 @@ from corun.errors import CorunError, PeerClosed, RunFault, WireError
 from corun.launch import commands
 from corun.launch.children import Child, Family
 from corun.launch.control import ControlSocket, wait_for_server
+from corun.launch.live import NEVER_NS, Live
 from corun.launch.segments import Segment, make_schedule, plan
 from corun.load.ring import ring_to_csv
 from corun.process import StopSignal
@@ -58,9 +59,9 @@ class _Record:
     faults: list[str] = field(default_factory=list)
 
 
-def run_pair(pair: Pair, run: RunDirectory, stop: StopSignal, say: Say) -> Outcome:
-    """Measure one cell of the grid in `run`; faults are recorded and returned, never raised."""
-    experiment = _Experiment(pair, run, stop, say)
+def run_pair(pair: Pair, run: RunDirectory, stop: StopSignal, say: Say, live: Live | None = None) -> Outcome:
+    """Measure one cell of the grid in `run`; faults are recorded and returned, never raised. `live` shows windows."""
+    experiment = _Experiment(pair, run, stop, say, live)
     try:
         outcome = experiment.run()
     except (CorunError, OSError) as error:
@@ -71,16 +72,20 @@ def run_pair(pair: Pair, run: RunDirectory, stop: StopSignal, say: Say) -> Outco
         segments=experiment.record.segments,
         counts=experiment.record.counts,
         faults=experiment.record.faults,
+        **({"live": live.cost()} if live else {}),
     )
+    if live:
+        live.close()
     return outcome
 
 
 class _Experiment:
-    def __init__(self, pair: Pair, run: RunDirectory, stop: StopSignal, say: Say) -> None:
+    def __init__(self, pair: Pair, run: RunDirectory, stop: StopSignal, say: Say, live: Live | None) -> None:
         self._pair = pair
         self._run = run
         self._stop = stop
         self._say = say
+        self._live = live
         self._events = EventLog(run.file("events.csv"))
         self._remotes: list[Channel] = []
         self.record = _Record()
@@ -95,7 +100,12 @@ class _Experiment:
         segments = plan(self._pair)
         planned = make_schedule(self._pair, segments)
         schedules.save(planned.schedule, self._run.file("schedule.npy"))
-        self._run.update(schedule_sha256=planned.schedule.sha256, threads=self._threads(), sharing={"policy": "none"})
+        self._run.update(
+            schedule_sha256=planned.schedule.sha256,
+            threads=self._threads(),
+            sharing={"policy": "none"},
+            slo=self._pair.promises,
+        )
         with ControlSocket() as control, Family(self._run.path) as family:
             self._start(family, control)
             for segment in segments:
@@ -169,7 +179,7 @@ class _Experiment:
         stop_ns = start_ns + round(segment.duration_s * NS_PER_S)
         self._say(f"{segment.arm} (repeat {segment.repeat + 1}): {segment.duration_s:g} s")
         self._events.write("window_start", "launcher", segment.arm, f"segment {segment.index}", start_ns)
-        self._sleep_until(stop_ns, family)
+        self._watch(segment, start_ns, stop_ns, family)
         ended_ns = min(now_ns(), stop_ns)
         self._events.write("window_end", "launcher", segment.arm, f"segment {segment.index}", ended_ns)
         self.record.segments.append({**asdict(segment), "start_ns": start_ns, "stop_ns": ended_ns})
@@ -209,6 +219,16 @@ class _Experiment:
             return None
         return next(index for index, service in enumerate(self._pair.services) if service.label == child.name)
 
+    def _watch(self, segment: Segment, start_ns: int, stop_ns: int, family: Family) -> None:
+        """Sleep through the window, with a look at it once a second where one is wanted."""
+        if self._live is None:
+            self._sleep_until(stop_ns, family)
+            return
+        services = [service.label for service in self._pair.services]
+        self._live.begin(self._run.path, segment, services, start_ns, stop_ns)
+        self._sleep_until(stop_ns, family)
+        self._live.end()
+
     def _sleep_until(self, stop_ns: int, family: Family) -> None:
         """Sleep through the window; a child's death is recorded at once, a stop signal ends the window."""
         poller = select.poll()
@@ -216,13 +236,16 @@ class _Experiment:
         watched = {child.pidfd: child for child in family.children if child.alive}
         for pidfd in watched:
             poller.register(pidfd, select.POLLIN)
-        while (remaining_ns := stop_ns - now_ns()) > 0 and not self._stop.requested:
-            for fd, _ in poller.poll(remaining_ns / NS_PER_MS + 1):
+        while (now := now_ns()) < stop_ns and not self._stop.requested:
+            wake_ns = min(stop_ns, self._live.next_ns if self._live else NEVER_NS)
+            for fd, _ in poller.poll(max(0, wake_ns - now) / NS_PER_MS + 1):
                 if fd in watched:
                     poller.unregister(fd)
                     child = watched.pop(fd)
                     child.popen.wait()
                     self.fault(f"{child.label} {child.how_it_ended()} during a measurement")
+            if self._live:
+                self._live.tick()
 
     def _drain(self, segment: Segment, cast: list[Child]) -> None:
         timeout_s = self._pair.config.drain_timeout_s

@@ -61,6 +61,7 @@ SLOT_SIZE = SLOT_DTYPE.itemsize
 Records = NDArray[np.void]
 
 _HEAD = struct.Struct("<8sIIQQI")
+HEAD_SIZE = _HEAD.size
 _HEAD_COUNT, _HEAD_COUNT_AT = struct.Struct("<Q"), 16
 _DUE = struct.Struct("<QqII")
 _WAKE = struct.Struct("<q")
@@ -247,6 +248,15 @@ def _check_head(path: Path, content: bytes) -> tuple[int, int, bytes]:
             f"{path} is cut short: {len(content)} bytes, {offset + count * SLOT_SIZE} expected for {count} slots"
         )
     return count, offset, content[_HEAD.size : _HEAD.size + length]
+
+
+def layout(head: bytes) -> tuple[int, int]:
+    """(slots, offset of slot 0) by the first HEAD_SIZE bytes of a ring that may still be in use; (0, 0) if it is none."""
+    if len(head) < HEAD_SIZE:
+        return 0, 0
+    magic, version, slot_size, count, offset, _ = _HEAD.unpack_from(head)
+    known = magic == MAGIC and version == VERSION and slot_size == SLOT_SIZE
+    return (count, offset) if known else (0, 0)
 
 
 def status_name(code: int) -> str:
