@@ -41,10 +41,13 @@ def page(
     """Write report.html and its figures into RUN, or export RUN (the name `page` may be left out)."""
     with guard():
         from corun.report import export, sweep_page
+        from corun.report.recover import recover
 
         runs = list(sweep_page.run_directories(run)) if sweep_page.is_sweep(run) else [run]
         if not run.is_dir():
             raise InputError(f"{run} is not there; runs are in result/")
+        for sentence in (sentence for path in runs for sentence in recover(path)):
+            print(sentence, file=sys.stderr)
         if as_csv:
             sys.stdout.write(export.summary_csv(runs, run))
         if as_json:
