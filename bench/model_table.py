@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ REPLIES = {
     "detection": "boxes",
     "segmentation": "class map",
     "dehazing": "picture",
+    "generation": "text",
     "null": "zeros",
 }
+"""What a reply holds, by task; tasks stand in this order in the table."""
+VISION = ("classification", "detection", "segmentation", "dehazing")
+"""Tasks whose models bench.models measures."""
 LOSSES = {
     "classification": "cross-entropy",
     "detection": "box + class + DFL",
@@ -45,7 +50,7 @@ NOTES = """\
 - **GFLOP** are 2 x MAC of one forward pass of one picture at that size (torch's `FlopCounterMode`, attention's fused path off).
   Work between the matrix products is not counted: RIDCP's deformable convolutions count their products, not their bilinear
   reads.
-- `python -m bench.models` serves every model over its socket, decodes and judges each reply, trains two steps of it and
+- `python -m bench.models` serves every vision model over its socket, decodes and judges each reply, trains two steps of it and
   stores times and memory in `bench/results/models.json`.
 
 ## Weights
@@ -56,7 +61,7 @@ NOTES = """\
 |---|---|
 | `null` or left out | random, drawn from `seed`: the same network on every machine. Latency and training speed are those of real weights; answers mean nothing |
 | `"default"` | the library's released weights, downloaded once into torch's cache. torchvision's models only |
-| a path | a state dict (`.pt`, `.pth`, `.safetensors`), read without running anything in the file. A file that does not fit is refused with the first names and shapes that differ |
+| a path | a state dict (`.pt`, `.pth`, `.safetensors`; for ChatGLM2 the directory of a checkpoint), read without running anything in the file. A file that does not fit is refused with the first names and shapes that differ |
 
 What was used is never silent: every table, summary and manifest has a weights label, `random`, `default` or
 `sha256:<12 hex> <path>`.
@@ -78,6 +83,8 @@ Lower `conf` (`"extra": {"conf": 0.001}`) or bring weights.
 - **RIDCP.** The network was written anew; the authors' weights are **CC BY-NC 4.0, non-commercial**, and are not included:
   give the path of `pretrained_RIDCP.pth`. It always pads to the next multiple of 32, so 224 runs at 256. Training is stage 2
   of the paper without its perceptual and adversarial terms. `RIDCP_dehazing_tiny` is the same graph at reduced width, for tests.
+- **llm.** ChatGLM2-6B and smaller networks of the same architecture, for machines that cannot hold it. A request is a
+  prompt, not a picture: `models/chatglm.py` has its fields. They are trained as LoRA adapters, not by `python -m corun.train`.
 - **null.** Answers any bytes at once, or after `service_ms`: what sockets, queue and stamps cost by themselves.
 """
 
@@ -103,8 +110,8 @@ def cells(model: Model, row: Mapping[str, Any]) -> tuple[str, ...]:
         str(model.image_size or ""),
         f"{params:,}" if params is not None else "",
         f"{gflop:.2f}" if gflop is not None else "",
-        REPLIES[model.task],
-        LOSSES[model.task] if model.train else "",
+        REPLIES.get(model.task, model.task),
+        LOSSES.get(model.task, "its own") if model.train else "",
         short(model.code_licence),
         short(model.weights_licence),
     )
@@ -112,12 +119,13 @@ def cells(model: Model, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def short(licence: str) -> str:
     """A licence without what is said about it: `BSD-3-Clause (torchvision); ...` is BSD-3-Clause."""
-    return licence.partition(" (")[0].partition(";")[0]
+    return re.split(r" \(|[;:]", licence, maxsplit=1)[0]
 
 
 def order(models: Iterable[Model]) -> list[Model]:
-    """Families in the order of their tasks above, models as their plug-in lists them."""
-    return sorted(models, key=lambda model: list(REPLIES).index(model.task))
+    """Families in the order of their tasks in REPLIES, other tasks last, models as their plug-in lists them."""
+    places = {task: place for place, task in enumerate(REPLIES)}
+    return sorted(models, key=lambda model: places.get(model.task, len(places)))
 
 
 def render(models: Sequence[Model], rows: Mapping[str, Mapping[str, Any]]) -> str:

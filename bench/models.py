@@ -1,6 +1,6 @@
-"""Every model really serves and really trains: one row each, and the table of docs/models.md.
+"""Every vision model really serves and really trains: one row each, and the table of docs/models.md.
 
-python -m bench.models                        every model on the CPU, 15 to 25 minutes on two cores
+python -m bench.models                        all of them on the CPU, 15 to 25 minutes on two cores
 python -m bench.models --quick                the smallest of each family
 python -m bench.models --only resnet18        some
 python -m bench.models --docs                 write docs/models.md again, from the last full run
@@ -32,7 +32,7 @@ import psutil
 import typer
 
 from bench.common import last_line, store
-from bench.model_table import DOCS, write_docs
+from bench.model_table import DOCS, VISION, write_docs
 from corun import images, registry
 from corun.errors import CorunError, InputError, RunFault, guard
 from corun.launch.arguments import spread
@@ -278,13 +278,14 @@ def measure(model: Model, device: str) -> Row:
 
 
 def chosen(quick: bool, only: Sequence[str]) -> list[Model]:
-    """Models to measure: all that a network stands behind, those named, or one per family."""
+    """Models to measure: all of a vision task, those named, or one per family."""
     if only:
         named = [registry.model(name) for name in only]
-        if any(model.task == "null" for model in named):
-            raise InputError("null has no network to measure: python -m bench.wire measures what it is for")
+        strange = [f"{model.name}: its task is {model.task}" for model in named if model.task not in VISION]
+        if strange:
+            raise InputError(f"only models of {', '.join(VISION)} are measured here", strange)
         return named
-    rows = [model for model in registry.models().values() if model.task != "null"]
+    rows = [model for model in registry.models().values() if model.task in VISION]
     if not quick:
         return rows
     return [
@@ -313,7 +314,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     docs: Annotated[bool, typer.Option("--docs", help=f"only write {DOCS.name} again")] = False,
 ) -> None:
-    """Serve and train every model; the last line is one JSON object."""
+    """Serve and train every vision model; the last line is one JSON object."""
     with guard():
         if docs:
             print(write_docs())
