@@ -113,6 +113,17 @@ class InferenceLoop:
         self._done = 0
         self._counters = _Counters()
 
+    def check(self) -> None:
+        """Run payloads until one is answered; InputError with the first one's reason when none is."""
+        reasons = []
+        for payload in self._payloads:
+            request = _request(payload, now_ns())
+            self.engine.run([request])
+            if request.status == Status.OK:
+                return
+            reasons.append(f"{payload.name}: {request.detail}")
+        raise InputError(f"{self.engine.info.model} cannot answer any payload of its data set", reasons[:1])
+
     def arm(self, arm: Arm) -> dict[str, Any]:
         """Count from zero; payloads begin with the first one again, so every window does the same work."""
         self._segment, self._counters = arm, _Counters()
@@ -216,6 +227,7 @@ def main(
         options = LoopOptions(name or model, batch_size, train_model)
         table = TableWriter(out / "infer_loop" / f"{options.name}.csv", INFER_LOOP, append=True) if out else None
         loop = InferenceLoop(engine, payloads, options, table)
+        loop.check()
         engine.warm_up(WARM_UP, batch_size)
         settle_memory()
         if out:

@@ -99,7 +99,7 @@ def test_every_window_does_the_same_work() -> None:
 def test_a_payload_that_cannot_be_decoded_is_a_row_and_the_loop_goes_on() -> None:
     """BAD_REQUEST with the reason; stages it never reached are empty, never 0."""
     rows = Rows()
-    one = loop(rows, Picky(ModelOptions()))
+    one = loop(rows, servable=Picky(ModelOptions()))
     one.arm(ARM)
     for _ in range(3):
         one.step()
@@ -139,6 +139,15 @@ def test_no_payloads_is_bad_input() -> None:
     engine = ServableEngine(null.Null(ModelOptions()))
     with pytest.raises(InputError, match="loop one has no payloads"):
         InferenceLoop(engine, [], LoopOptions("one"))
+
+
+def test_data_that_does_not_fit_the_model_is_refused_before_the_window() -> None:
+    """One payload that can be answered is enough; when none can, the first one's reason is given."""
+    loop(servable=Picky(ModelOptions())).check()
+    engine = ServableEngine(Picky(ModelOptions()))
+    InferenceLoop(engine, [PAYLOADS[1], PAYLOADS[2]], LoopOptions("one")).check()
+    with pytest.raises(InputError, match=r"null cannot answer any payload.*\n.*b.jpg: b is not a picture"):
+        InferenceLoop(engine, [PAYLOADS[1]], LoopOptions("one")).check()
 
 
 def test_info_is_the_engines() -> None:
