@@ -114,8 +114,8 @@ def _windows(path: Path, manifest: dict[str, Any], last_ns: int) -> Iterator[str
 def _begun(path: Path) -> Iterator[tuple[int, str, int]]:
     """Index, arm and start of every window that the events say began."""
     events = read_table(path / "events.csv", EVENTS)
-    columns = [events[name] for name in ("t_ns", "kind", "name", "detail")]
-    for t_ns, kind, arm, detail in zip(*columns, strict=True):
+    rows = zip(events["t_ns"], events["kind"], events["name"], events["detail"], strict=True)
+    for t_ns, kind, arm, detail in rows:
         index = str(detail).removeprefix("segment ")
         if kind == "window_start" and index.isdigit():
             yield int(index), str(arm), int(t_ns)
