@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from corun import registry
-from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, guard
+from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_SLO_MISSED, guard
+from corun.launch.cells import describe, require_known
 from corun.launch.demo import DEMO
-from corun.launch.segments import process_of
 from corun.process import StopSignal
 from corun.run import config as configs
 from corun.run.directory import RunDirectory, result_root, run_id
@@ -36,11 +37,19 @@ def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="measure cells again that are complete")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="stop at the first failed cell")] = False,
     out: Annotated[Path | None, typer.Option(help="where run directories go; default result/")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="measure client and null server alone first")
+    ] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the tables at the end")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="one JSON object as the last line, the rest to stderr")
+        bool, typer.Option("--json", help="a JSON object a second and one as the last line, the rest to stderr")
     ] = False,
 ) -> None:
-    """Measure tail latency, throughput and training speed alone and together."""
+    """Measure tail latency, throughput and training speed alone and together.
+
+    Exit code 0 when all is measured and promised latencies are kept, 1 when a cell failed, 2 for bad input, 3 when
+    a promise ("slo" in config.json) was missed or cannot be told from so few requests, 130 when interrupted.
+    """
     with guard():
         settings = configs.parse(DEMO, "the demo") if demo else configs.load(config)
         if count is not None:
@@ -48,87 +57,81 @@ def main(
                 update={"duration_s": dict.fromkeys(configs.ARMS, count * settings.period_s)}
             )
         cells = configs.pairs(settings)
-        _check(cells)
+        require_known(cells)
         if dry_run:
-            _show_plan(cells)
+            print("\n".join(describe(cells)))
         else:
             from corun.report.console import console_for
 
-            raise typer.Exit(
-                _run(cells, out or result_root(), console_for(stderr=as_json), fresh, fail_fast, as_json)
-            )
+            console = console_for(stderr=as_json)
+            calibrate = calibrate and settings.calibrate
+            options = Options(out or result_root(), console, fresh, fail_fast, calibrate, quiet, as_json)
+            raise typer.Exit(_run(cells, options))
 
 
-def _check(cells: list[configs.Pair]) -> None:
-    """Names that do not exist, all of them, before anything starts."""
-    if not cells:
-        raise InputError('nothing to do: "train" and "infer" are both none, or no arm fits what they name')
-    problems = []
-    for cell in cells:
-        jobs = ([("train", cell.train.arch, cell.train.data)] if cell.train else []) + [
-            ("infer", service.arch, service.data) for service in cell.services
-        ]
-        for where, arch, data in jobs:
-            for find, name in ((registry.model, arch), (registry.resolve_data, data)):
-                problems += _problem(where, find, name)
-        for service in cell.services:
-            problems += _problem("infer", process_of, service)
-    if problems:
-        raise InputError("the configuration names what is not there", list(dict.fromkeys(problems)))
+@dataclass(frozen=True)
+class Options:
+    """How the cells are run and shown."""
+
+    root: Path
+    console: Console
+    fresh: bool
+    fail_fast: bool
+    calibrate: bool
+    quiet: bool
+    as_json: bool
 
 
-def _problem(where: str, find: Callable[[Any], object], name: Any) -> list[str]:
-    try:
-        find(name)
-    except InputError as error:
-        return [f"{where}: {error.what}"]
-    return []
-
-
-def _show_plan(cells: list[configs.Pair]) -> None:
-    for number, cell in enumerate(cells, 1):
-        ports = [str(cell.config.port + index) for index in range(len(cell.services))]
-        windows = ", ".join(f"{arm} {cell.config.duration(arm):g} s" for arm in cell.arms)
-        print(f"{number}. {cell.label}: {windows}, {cell.config.repeat}x; ports {', '.join(ports) or 'none'}")
-    print(f"{len(cells)} cells, about {sum(cell.expected_s for cell in cells) / 60:.1f} minutes")
-
-
-def _run(cells: list[configs.Pair], root: Path, console: Console, fresh: bool, fail_fast: bool, as_json: bool) -> int:
+def _run(cells: list[configs.Pair], options: Options) -> int:
+    from corun.launch.calibrate import Calibration
     from corun.launch.experiment import run_pair
+    from corun.launch.live import make_live
     from corun.launch.sweep import CellResult, run_sweep, sweep_name
     from corun.report.conclude import conclude
+    from corun.report.slo import kept
+
+    console = options.console
 
     def say(line: str) -> None:
-        console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
+        if not options.quiet:
+            console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {escape(line)}", highlight=False)
 
     last: dict[str, object] = {}
     with StopSignal() as stop:
+        calibration = Calibration(stop, say, options.calibrate)
+        live = make_live(console, say, options.quiet, sys.stdout if options.as_json else None)
 
         def measure(cell: configs.Pair, run: RunDirectory) -> CellResult:
             began = time.monotonic()
-            outcome = run_pair(cell, run, stop, say)
-            figures, answer = conclude(run.path, console)
+            calibration.store(run)
+            outcome = run_pair(cell, run, stop, say, live)
+            figures, answer = conclude(run.path, console, cell.promises)
             last.update(answer)
             return CellResult(outcome.status, outcome.reasons, figures, time.monotonic() - began)
 
         if len(cells) == 1:
-            run = RunDirectory.create(root / run_id(cells[0].digest()), cells[0].resolved(), cells[0].digest())
-            results = [measure(cells[0], run)]
+            run = RunDirectory.create(
+                options.root / run_id(cells[0].digest()), cells[0].resolved(), cells[0].digest()
+            )
+            results, paths = [measure(cells[0], run)], [run.path]
         else:
-            sweep = root / sweep_name(cells)
-            results = [
-                row.result for row in run_sweep(cells, sweep, measure, say, lambda: stop.requested, fresh, fail_fast)
-            ]
+            sweep = options.root / sweep_name(cells)
+            stopped = lambda: stop.requested  # noqa: E731
+            rows = run_sweep(cells, sweep, measure, say, stopped, options.fresh, options.fail_fast)
+            results, paths = [row.result for row in rows], [sweep / row.cell for row in rows]
             console.print(f"sweep: {sweep}/index.csv", highlight=False, soft_wrap=True)
         interrupted = stop.requested
     for result in results:
         for reason in result.reasons:
             console.print(f"[red]{result.status}:[/] {escape(reason)}", highlight=False)
-    if as_json:
+    if options.as_json:
         print(json.dumps(last))
     if interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if any(result.status != "complete" for result in results) else 0
+    if any(result.status != "complete" for result in results):
+        return EXIT_FAILED
+    promised = zip(paths, cells, strict=False)
+    return EXIT_OK if all(kept(path, cell.promises) for path, cell in promised) else EXIT_SLO_MISSED
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The end of a run: summary, attribution, validity, the table on the console, and the figures for an index and for --json."""
+"""The end of a run: summary, attribution, validity and promises on disk, the tables on the console, and the figures."""
 
 from __future__ import annotations
 
@@ -7,26 +7,42 @@ from typing import Any
 
 from rich.console import Console
 
-from corun.report import attribution
+from corun.report import attribution, slo
 from corun.report import console as table
+from corun.report.slo import Promises, Verdict
 from corun.report.summary import Summary, as_json, summarise
-from corun.report.validity import check
+from corun.report.validity import check, read_calibration
 
 
-def conclude(path: Path, console: Console | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write summary, attribution and validity of a run directory, print the table; returns (index figures, JSON answer)."""
+def conclude(
+    path: Path, console: Console | None, promises: Promises | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write what a run directory says about itself and print it; returns (figures for an index, answer for --json).
+
+    promises: SLO bounds by service, `{"resnet18": {"p99_ms": 100.0}}`.
+    """
     summary = summarise(path)
     attribution.write(path)
     flags = check(summary)
+    verdicts = slo.write(path, promises or {})
+    calibration = read_calibration(path)
     if console:
-        table.show(summary, flags, console)
-    answer = {**as_json(summary), "valid": not flags, "reasons": [flag.sentence for flag in flags]}
-    return _figures(summary, not flags), answer
+        table.show(summary, flags, console, verdicts, calibration)
+    answer = {
+        **as_json(summary),
+        "valid": not flags,
+        "reasons": [flag.sentence for flag in flags],
+        "calibration": calibration,
+        **(slo.as_json(verdicts) if verdicts else {}),
+    }
+    return _figures(summary, not flags, verdicts), answer
 
 
-def _figures(summary: Summary, valid: bool) -> dict[str, Any]:
-    """One line of a sweep's index: the worst p99 of the services in each arm, and the training speed."""
+def _figures(summary: Summary, valid: bool, verdicts: list[Verdict]) -> dict[str, Any]:
+    """One line of a sweep's index: the worst p99 of the services in each arm, the training speed, the worst verdict."""
     figures: dict[str, Any] = {"valid": valid}
+    if verdicts:
+        figures["slo"] = slo.overall(verdicts)
     for arm in ("alone", "corun"):
         tails = [row["p99_ms"] for row in summary.pooled(arm, "server") if row["p99_ms"] is not None]
         figures[f"{arm}_worst_p99_ms"] = round(max(tails), 3) if tails else None

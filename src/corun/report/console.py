@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from corun.report.slo import Verdict
 from corun.report.summary import Summary
 from corun.report.validity import Flag
 
@@ -27,16 +28,33 @@ def console_for(stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=WIDTH)
 
 
-def show(summary: Summary, flags: list[Flag], console: Console) -> None:
-    """What to doubt, then latency, load and training by arm, then where the files are."""
+def show(
+    summary: Summary,
+    flags: list[Flag],
+    console: Console,
+    verdicts: Sequence[Verdict] = (),
+    calibration: Row | None = None,
+) -> None:
+    """What to doubt, then latency, load, training and promises by arm, then where the files are."""
     for check in dict.fromkeys(flag.check for flag in flags):
         sentences = [flag.sentence for flag in flags if flag.check == check]
         more = f" (and {len(sentences) - 1} more in validity.json)" if len(sentences) > 1 else ""
         console.print(f"[yellow]not valid:[/] {escape(sentences[0])}{more}", highlight=False)
-    for table in (_latency(summary), _load(summary), _training(summary)):
+    for table in (_latency(summary), _load(summary), _training(summary), _promises(verdicts)):
         if table.row_count:
             console.print(table)
+    if calibration and calibration.get("status") == "complete":
+        console.print(f"[dim]{_noise(calibration)}[/]", highlight=False)
     console.print(f"run: {summary.run}", highlight=False, soft_wrap=True)
+
+
+def _noise(calibration: Row) -> str:
+    """What client and null server cost alone."""
+    figures = "; ".join(
+        f"{name} p50 {_number(calibration[f'{name}_p50_us'], 0)} p99 {_number(calibration[f'{name}_p99_us'], 0)} us"
+        for name in ("slip", "response")
+    )
+    return f"the harness alone, null server at {calibration['rate_per_s']:g}/s: {figures}"
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
@@ -107,6 +125,21 @@ def _training(summary: Summary) -> Table:
             )
     if summary.ratios.get("train_x") is not None:
         table.add_row("", "corun / train", "", "", _factor(summary.ratios["train_x"]), "", "", style="bold")
+    return table
+
+
+_STYLES = {"met": "green", "missed": "red", "cannot tell": "yellow"}
+
+
+def _promises(verdicts: Sequence[Verdict]) -> Table:
+    table = _table("Promises (over: took longer or were not answered)", ("service", "arm", "promise"), ())
+    for name in ("measured ms", "over", "requests"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for verdict in verdicts:
+        word = f"[{_STYLES[verdict.word]}]{verdict.word}[/]"
+        cells = (_number(verdict.measured_ms), str(verdict.over), str(verdict.requests))
+        table.add_row(verdict.service, verdict.arm, f"{verdict.figure} <= {verdict.bound_ms:g} ms", *cells, word)
     return table
 
 

@@ -115,6 +115,11 @@ def overall(verdicts: Iterable[Verdict]) -> Word | None:
     return next((word for word in ranked if word in words), None)
 
 
+def kept(path: Path, promises: Promises) -> bool:
+    """Whether every promise to a run directory was shown to be met; without a promise there is none to break."""
+    return overall(judge(path, promises)) in (None, "met")
+
+
 def as_json(verdicts: list[Verdict]) -> dict[str, Any]:
     """The overall word and every promise."""
     return {"slo": overall(verdicts), "promises": [asdict(verdict) for verdict in verdicts]}
@@ -128,4 +133,4 @@ def write(path: Path, promises: Promises) -> list[Verdict]:
     return verdicts
 
 
-__all__ = ["FILE", "Promises", "Verdict", "as_json", "judge", "overall", "verdict", "write"]
+__all__ = ["FILE", "Promises", "Verdict", "as_json", "judge", "kept", "overall", "verdict", "write"]

@@ -1,0 +1,45 @@
+"""The cells of a grid before anything starts: names that do not exist, all of them at once, and the plan in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from corun import registry
+from corun.errors import InputError
+from corun.launch.segments import process_of
+from corun.run.config import Pair
+
+
+def require_known(cells: Sequence[Pair]) -> None:
+    """InputError that lists every unknown model, data set and arrival process of the cells, or that there are none."""
+    if not cells:
+        raise InputError('nothing to do: "train" and "infer" are both none, or no arm fits what they name')
+    problems = [problem for cell in cells for problem in _problems(cell)]
+    if problems:
+        raise InputError("the configuration names what is not there", list(dict.fromkeys(problems)))
+
+
+def describe(cells: Sequence[Pair]) -> Iterator[str]:
+    """One line per cell with its windows and ports, then how long all of them will take."""
+    for number, cell in enumerate(cells, 1):
+        ports = [str(cell.config.port + index) for index in range(len(cell.services))]
+        windows = ", ".join(f"{arm} {cell.config.duration(arm):g} s" for arm in cell.arms)
+        yield f"{number}. {cell.label}: {windows}, {cell.config.repeat}x; ports {', '.join(ports) or 'none'}"
+    yield f"{len(cells)} cells, about {sum(cell.expected_s for cell in cells) / 60:.1f} minutes"
+
+
+def _problems(cell: Pair) -> Iterator[str]:
+    jobs = [("train", cell.train.arch, cell.train.data)] if cell.train else []
+    for where, arch, data in [*jobs, *(("infer", service.arch, service.data) for service in cell.services)]:
+        yield from _problem(where, registry.model, arch)
+        yield from _problem(where, registry.resolve_data, data)
+    for service in cell.services:
+        yield from _problem("infer", process_of, service)
+
+
+def _problem(where: str, find: Callable[[Any], object], name: Any) -> Iterator[str]:
+    try:
+        find(name)
+    except InputError as error:
+        yield f"{where}: {error.what}"
