@@ -95,7 +95,7 @@ def png(draw: Draw, look: Look) -> bytes:
         figure.savefig(raw, format="png")
     raw.seek(0)
     small = io.BytesIO()
-    Image.open(raw).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    Image.open(raw).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "png", compress_level=7)
     return small.getvalue()
 
 
@@ -143,7 +143,7 @@ def grid(axes: Axes, axis: Literal["x", "y", "both"]) -> None:
 
 def plain_log(axes: Axes, axis: str) -> None:
     """A log axis whose ticks read 1, 2, 5, 10 ... instead of powers of ten; fewer of them over many decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     target = axes.xaxis if axis == "x" else axes.yaxis
     low, high = sorted(target.get_view_interval())
@@ -151,7 +151,7 @@ def plain_log(axes: Axes, axis: str) -> None:
     subs = (1.0, 2.0, 5.0) if decades < 60 else (1.0, 3.0) if decades < 400 else (1.0,)
     target.set_major_locator(LogLocator(base=10.0, subs=subs, numticks=12))
     target.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    target.set_minor_formatter(NullFormatter())
+    target.set_minor_locator(NullLocator())
 
 
 def height(figure: Figure, look: Look, inches: float) -> None:

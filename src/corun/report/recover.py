@@ -123,5 +123,5 @@ def _begun(path: Path) -> Iterator[tuple[int, str, int]]:
 
 def _last_row_ns(path: Path) -> int:
     """The last instant in the tables that are written as it happens."""
-    instants = [read_table(path / "train.csv", TRAIN)["t_end_ns"], read_any(path / "profile.csv").get("t_ns", ())]
-    return max((int(values[-1]) for values in instants if len(values)), default=0)
+    steps, ticks = read_table(path / "train.csv", TRAIN)["t_end_ns"], read_any(path / "profile.csv").get("t_ns")
+    return max([int(values[-1]) for values in (steps, ticks) if values is not None and len(values)], default=0)
