@@ -207,7 +207,13 @@ class Panel:
         self._live: RichLive | None = None
 
     def begin(self) -> None:
-        self._live = RichLive(console=self._console, auto_refresh=False, transient=True)
+        self._live = RichLive(
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._live.start()
 
     def show(self, now: Now, tick: int) -> None:
