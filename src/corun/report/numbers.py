@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from corun.report import html
 from corun.report.exhibit import shown
 from corun.report.loops import LoopSummary
+from corun.report.slowdown import Slowdown
 from corun.report.summary import Row, Summary
 from corun.stats.percentiles import PERCENTILES, sample_floor
 
@@ -18,9 +19,12 @@ LATENCIES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
 MJ_PER_J = 1e3
 
 
-def cards(summary: Summary) -> str:
-    """The answer in large figures: each service's slowdown, and what training keeps."""
-    found = [*_service_cards(summary), *_training_card(summary)]
+def cards(summary: Summary, intervals: Mapping[tuple[str, str], Slowdown]) -> str:
+    """The answer in large figures: each service's slowdown, and what training keeps.
+
+    intervals: slowdowns with an interval over repeats, by service and percentile (`p99`).
+    """
+    found = [*_service_cards(summary, intervals), *_training_card(summary)]
     items = "".join(
         f'<li><span class="who">{escape(who)}</span><span class="figure">{escape(value)}</span>'
         f'<span class="how">{escape(how)}</span></li>'
@@ -29,7 +33,7 @@ def cards(summary: Summary) -> str:
     return f'<ul class="cards" aria-label="In short">{items}</ul>' if items else ""
 
 
-def _service_cards(summary: Summary) -> Iterator[tuple[str, str, str]]:
+def _service_cards(summary: Summary, intervals: Mapping[tuple[str, str], Slowdown]) -> Iterator[tuple[str, str, str]]:
     alone = {row["service"]: row for row in summary.pooled("alone", "server")}
     corun = {row["service"]: row for row in summary.pooled("corun", "server")}
     for service in dict.fromkeys([*alone, *corun]):
@@ -42,7 +46,11 @@ def _service_cards(summary: Summary) -> Iterator[tuple[str, str, str]]:
         if len(rows) == 2:
             before, after = rows[0][name], rows[1][name]
             how = f"{words} beside training, {shown(before)} → {shown(after)} ms".replace(" → ", "\u00a0→\u00a0")
-            yield service, f"×{after / before:.2f}", how
+            ratio = intervals.get((service, words))
+            if ratio and ratio.low and ratio.high:
+                yield service, f"×{ratio.ratio:.2f}", f"{how} (95 % interval ×{ratio.low:.2f} to ×{ratio.high:.2f})"
+            else:
+                yield service, f"×{after / before:.2f}", how
         else:
             yield service, f"{shown(rows[0][name])} ms", f"{words} ({rows[0]['arm']})"
 

@@ -12,6 +12,7 @@ from corun.report import attribution, html, measured, numbers, slowdown, speed, 
 from corun.report.exhibit import Exhibit
 from corun.report.html import Drawn, drawn
 from corun.report.loops import LoopSummary, summarise_loops
+from corun.report.slowdown import Slowdown
 from corun.report.summary import Row, Summary, summarise
 from corun.report.validity import Flag, check
 from corun.run.read import Run, read
@@ -90,7 +91,7 @@ def render(report: Report) -> str:
     ]
     parts = [
         doubts(report.flags),
-        numbers.cards(report.summary),
+        numbers.cards(report.summary, _intervals(report)),
         *(html.section(*table) for table in tables[:2]),
         *(html.figure(figure) for figure in report.figures),
         html.section(*tables[2]),
@@ -98,6 +99,13 @@ def render(report: Report) -> str:
     ]
     header = "\n".join([_head(report.run), html.navigation(links)])
     return html.document(title, header, "\n".join(parts), footer())
+
+
+def _intervals(report: Report) -> dict[tuple[str, str], Slowdown]:
+    """Slowdowns whose interval rests on repeats; with one repeat there are none worth a headline."""
+    if max((window.repeat for window in report.run.windows), default=0) == 0:
+        return {}
+    return {(row.service, row.name): row for row in slowdown.make(report.run, report.summary) if row.low is not None}
 
 
 def label(manifest: Manifest) -> str:

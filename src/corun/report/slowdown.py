@@ -216,7 +216,10 @@ def _caption(found: list[Slowdown]) -> str:
             "run: repeat the run for an interval that does."
         )
     if any(method.startswith("paired t") for method in methods):
-        said.append("Whiskers are 95 % t-intervals over the repeats' ratios.")
+        said.append(
+            "Bars are geometric means of the repeats' ratios, whiskers their 95 % t-intervals; the ratio of all repeats "
+            "together, in the table above, may differ a little."
+        )
     if any("an honest interval needs" in method for method in methods):
         said.append("Some repeats are shorter than such an interval needs, so it may be too narrow (see the data).")
     if any(method.startswith("no interval") for method in methods):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from corun.errors import InputError
-from corun.report import attribution, html, numbers, page, sweep_page, timeline
+from corun.report import attribution, html, numbers, page, slowdown, sweep_page, timeline
 from corun.report.exhibit import Data, Exhibit, missing
 from corun.report.html import Drawn
 from corun.report.loops import summarise_loops
@@ -286,3 +286,13 @@ def test_run_of_loops(tmp_path: Path) -> None:
     assert "Inference loops" in text
     assert "90.0" in text
     assert 'id="latency"' not in text
+
+
+def test_headline_has_the_interval_of_the_repeats(repeated_path: Path, run: Run, summary: Summary) -> None:
+    """With repeats the large figure is the one with the interval, the same as in the plot; with one repeat it has none."""
+    repeated, numbers_of = read(repeated_path), summarise(repeated_path)
+    text = _plain(repeated, numbers_of, [])
+    p99 = next(row for row in slowdown.make(repeated, numbers_of) if row.name == "p99")
+    assert f"×{p99.ratio:.2f}</span>" in text
+    assert f"95 % interval ×{p99.low:.2f} to" in text
+    assert "95 % interval ×" not in _plain(run, summary, [])
