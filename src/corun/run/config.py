@@ -162,10 +162,10 @@ class Config(_Model):
             raise ValueError("an arm stands twice")
         return arms
 
-    @field_validator("train", "infer")
+    @field_validator("train", "infer", mode="before")
     @classmethod
-    def _at_least_none(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
-        return entries or (({"arch": NONE},))
+    def _empty_is_none(cls, entries: Any) -> Any:
+        return [{"arch": NONE}] if entries == [] else entries
 
     def duration(self, arm: Arm) -> float:
         """Seconds of one window of an arm."""

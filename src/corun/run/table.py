@@ -39,7 +39,7 @@ class TableWriter:
         try:
             for values in many:
                 cells = [values.get(name) for name in self.columns] if isinstance(values, Mapping) else values
-                self._writer.writerow(cells)
+                self._writer.writerow([_one_line(cell) for cell in cells])
             self._file.flush()
         except OSError as error:
             raise RunFault(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -55,6 +55,11 @@ class TableWriter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _one_line(cell: Any) -> Any:
+    """Text without carriage returns: the csv module leaves them unquoted, and a reader ends the row there."""
+    return cell.replace("\r", " ") if isinstance(cell, str) and "\r" in cell else cell
 
 
 class EventLog:

@@ -40,6 +40,14 @@ def test_none_on_both_sides_is_no_cell() -> None:
     assert config.pairs(config.parse(EMPTY_ORIGINAL)) == []
 
 
+def test_empty_lists_mean_without() -> None:
+    """The original replaced an empty infer list by "None"; so does an empty train list."""
+    (cell,) = config.pairs(config.parse({"train": [{"arch": "a"}], "infer": []}))
+    assert cell.arms == ("train",)
+    (cell,) = config.pairs(config.parse({"train": [], "infer": [{"arch": "x"}]}))
+    assert cell.arms == ("alone",)
+
+
 def test_every_pair_is_a_cell_with_the_arms_that_fit() -> None:
     """The grid is the product of both lists; alone needs services, train a job, corun both."""
     cells = config.pairs(

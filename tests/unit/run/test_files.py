@@ -47,6 +47,14 @@ def test_rows_are_on_disk_before_close(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_any_text_stays_in_its_cell(tmp_path: Path) -> None:
+    """Commas, quotes, line breaks and carriage returns in a cell do not break the row."""
+    with TableWriter(tmp_path / "a.csv", ("x", "y")) as writer:
+        writer.row(('a, "b"\nc\rd', 1))
+    with open(tmp_path / "a.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["x", "y"], ['a, "b"\nc d', "1"]]
+
+
 def test_append_goes_on_below(tmp_path: Path) -> None:
     """A second writer adds rows and no second header."""
     for value in (1, 2):
