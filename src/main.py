@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from corun import registry
-from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_SLO_MISSED, guard
+from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_SLO_MISSED, CorunError, guard
 from corun.launch.cells import describe, require_known
 from corun.launch.demo import DEMO
 from corun.process import StopSignal
@@ -40,6 +40,7 @@ def main(
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="measure client and null server alone first")
     ] = True,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="write report.html at the end")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the tables at the end")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="a JSON object a second and one as the last line, the rest to stderr")
@@ -65,7 +66,7 @@ def main(
 
             console = console_for(stderr=as_json)
             calibrate = calibrate and settings.calibrate
-            options = Options(out or result_root(), console, fresh, fail_fast, calibrate, quiet, as_json)
+            options = Options(out or result_root(), console, fresh, fail_fast, calibrate, quiet, as_json, report)
             raise typer.Exit(_run(cells, options))
 
 
@@ -80,6 +81,7 @@ class Options:
     calibrate: bool
     quiet: bool
     as_json: bool
+    report: bool
 
 
 def _run(cells: list[configs.Pair], options: Options) -> int:
@@ -114,12 +116,14 @@ def _run(cells: list[configs.Pair], options: Options) -> int:
                 options.root / run_id(cells[0].digest()), cells[0].resolved(), cells[0].digest()
             )
             results, paths = [measure(cells[0], run)], [run.path]
+            _write_page(run.path, options)
         else:
             sweep = options.root / sweep_name(cells)
             stopped = lambda: stop.requested  # noqa: E731
             rows = run_sweep(cells, sweep, measure, say, stopped, options.fresh, options.fail_fast)
             results, paths = [row.result for row in rows], [sweep / row.cell for row in rows]
             console.print(f"sweep: {sweep}/index.csv", highlight=False, soft_wrap=True)
+            _write_page(sweep, options)
         interrupted = stop.requested
     for result in results:
         for reason in result.reasons:
@@ -132,6 +136,20 @@ def _run(cells: list[configs.Pair], options: Options) -> int:
         return EXIT_FAILED
     promised = zip(paths, cells, strict=False)
     return EXIT_OK if all(kept(path, cell.promises) for path, cell in promised) else EXIT_SLO_MISSED
+
+
+def _write_page(path: Path, options: Options) -> None:
+    """report.html of a run or a sweep; what cannot be drawn is said, the rows are safe by now."""
+    if not options.report:
+        return
+    from corun.report import page, sweep_page
+
+    try:
+        written = sweep_page.write(path) if sweep_page.is_sweep(path) else page.write(path)
+    except CorunError as error:
+        options.console.print(f"[yellow]no report:[/] {escape(str(error))}", highlight=False)
+        return
+    options.console.print(f"report: {written}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
