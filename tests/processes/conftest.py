@@ -65,11 +65,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
 
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Write a config.json."""
+    """Write a config.json; the harness is calibrated only where a test asks for it."""
 
     def write(value: dict[str, Any]) -> Path:
         path = tmp_path / "config.json"
-        path.write_text(json.dumps(value))
+        path.write_text(json.dumps({"calibrate": False, **value}))
         return path
 
     return write
