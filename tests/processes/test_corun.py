@@ -51,7 +51,9 @@ def test_a_grid_cell_from_config_to_table(
     config = write_config(
         {"train": [TRAIN], "infer": [[REAL, FAST]], "duration_s": 3, "port": free_port(2), "repeat": 1}
     )
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result", "--json")
+    program = start(
+        "main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result", "--json"
+    )
     assert program.wait() == 0, program.output()
     answer = json.loads(program.output().splitlines()[-1])
     run = _run_directory(tmp_path / "result")
@@ -102,7 +104,7 @@ def test_arms_of_one_repeat_send_the_same_requests(
     config = write_config(
         {"train": [TRAIN], "infer": [FAST], "duration_s": 1, "port": free_port(), "arms": ["alone", "corun"]}
     )
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result")
+    program = start("main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result")
     assert program.wait() == 0, program.output()
     run = _run_directory(tmp_path / "result")
     starts = {segment["arm"]: segment["start_ns"] for segment in _manifest(run)["segments"]}
@@ -120,7 +122,7 @@ def test_kill_9_of_a_process_is_reported_and_survived(
     config = write_config(
         {"train": [TRAIN], "infer": [FAST], "duration_s": 4, "port": free_port(), "arms": ["corun"]}
     )
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result")
+    program = start("main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result")
     run = wait_until(lambda: list((tmp_path / "result").glob("*/events.csv")), 90)[0].parent
     wait_until(lambda: "window_start" in (run / "events.csv").read_text(), 90)
     wait_until(lambda: (run / "train.csv").exists() and len(_rows(run / "train.csv")) > 1, 30)
@@ -146,7 +148,7 @@ def test_children_die_with_a_killed_launcher(
     config = write_config(
         {"train": [TRAIN], "infer": [FAST], "duration_s": 30, "port": free_port(), "arms": ["corun"]}
     )
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result")
+    program = start("main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result")
     run = wait_until(lambda: list((tmp_path / "result").glob("*/events.csv")), 90)[0].parent
     wait_until(lambda: "window_start" in (run / "events.csv").read_text(), 90)
     wait_until(lambda: (run / "train.csv").exists() and len(_rows(run / "train.csv")) > 1, 30)
@@ -163,7 +165,7 @@ def test_ctrl_c_drains_and_saves(start: Start, free_port: Ports, write_config: W
     config = write_config(
         {"train": [TRAIN], "infer": [FAST], "duration_s": 60, "port": free_port(), "arms": ["corun"]}
     )
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result")
+    program = start("main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result")
     run = wait_until(lambda: list((tmp_path / "result").glob("*/events.csv")), 90)[0].parent
     wait_until(lambda: "window_start" in (run / "events.csv").read_text(), 90)
     wait_until(lambda: (run / "train.csv").exists() and len(_rows(run / "train.csv")) > 2, 30)
@@ -180,7 +182,7 @@ def test_a_failed_pair_is_a_row_and_the_grid_goes_on(
     """A pair whose data is missing fails with its reason in the index; the others are measured."""
     missing = {**FAST, "data": str(tmp_path / "nowhere")}
     config = write_config({"infer": [missing, FAST], "duration_s": 0.5, "port": free_port()})
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result")
+    program = start("main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result")
     assert program.wait() == 1, program.output()
     (index,) = (tmp_path / "result").glob("sweep-*/index.csv")
     rows = _rows(index)
@@ -220,7 +222,7 @@ def test_a_port_in_use_is_one_clear_failure(
     blocker = start("server.py", "--model", "null", "--port", port)
     wait_until(lambda: "ready" in blocker.output())
     config = write_config({"infer": [FAST], "duration_s": 0.5, "port": port})
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result")
+    program = start("main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result")
     assert program.wait() == 1
     assert f"127.0.0.1:{port}" in program.output()
     assert "Traceback" not in program.output()
@@ -349,7 +351,9 @@ def test_the_loss_falls_on_the_demo_data(
     """The demo's training job learns the handwritten digits."""
     job = {"arch": "resnet18", "data": "digits", "batch_size": 32, "image_size": 32, "lr": 0.02}
     config = write_config({"train": [job], "duration_s": 8, "port": free_port()})
-    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result", "--json")
+    program = start(
+        "main.py", "--config", config, "--no-report", "--no-calibrate", "--out", tmp_path / "result", "--json"
+    )
     assert program.wait() == 0, program.output()
     train = json.loads(program.output().splitlines()[-1])["arms"]["train"]
     assert train["train_steps"] >= 10
