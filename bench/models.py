@@ -1,7 +1,7 @@
 """Every vision model really serves and really trains: one row each, and the table of docs/models.md.
 
-python -m bench.models                        all of them on the CPU, 15 to 25 minutes on two cores
-python -m bench.models --quick                the smallest of each family
+python -m bench.models                        all of them on the CPU, about 15 minutes on two cores
+python -m bench.models --quick                the smallest of each family, trained at a smaller size; a minute or two
 python -m bench.models --only resnet18        some
 python -m bench.models --docs                 write docs/models.md again, from the last full run
 
@@ -46,10 +46,23 @@ ROOT = Path(__file__).resolve().parents[1]
 APART = ("RIDCP_dehazing_tiny",)
 """Presets that no figure counts: the same graph as another row."""
 LOAD_S, TRAIN_S = 180.0, 420.0
-REQUESTS, REQUEST_BUDGET_S = 15, 6.0
+REQUESTS = 15
 BATCH, STEPS, SAMPLES = 2, 2, 4
-STEP_GFLOP = 260.0
-"""Training runs at the default size where a step (3 x forward x batch) stays below this, else at a smaller one."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent on one model.
+
+    request_s: no further request after so long. step_gflop: training runs at the default size where a step
+    (3 x forward x batch) stays below it, else at a smaller one.
+    """
+
+    request_s: float = 6.0
+    step_gflop: float = 260.0
+
+
+FULL, QUICK = Effort(), Effort(request_s=1.5, step_gflop=16.0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ def server(device: str, directory: Path) -> Iterator[tuple[subprocess.Popen[byte
         process.wait()
 
 
-def serve(model: Model, device: str, directory: Path) -> dict[str, Any]:
+def serve(model: Model, device: str, effort: Effort, directory: Path) -> dict[str, Any]:
     """Load `model` into a server of its own and ask it: cells of the row."""
     with server(device, directory) as (process, address):
         control = Channel(connect(address, 30.0, retry=True))
@@ -124,7 +137,7 @@ def serve(model: Model, device: str, directory: Path) -> dict[str, Any]:
         payloads = registry.request_payloads("sample", DataOptions(image_size=model.image_size, count=4))
         taken: list[float] = []
         with Asker(address) as asker:
-            deadline = time.monotonic() + REQUEST_BUDGET_S
+            deadline = time.monotonic() + effort.request_s
             while len(taken) < REQUESTS and (len(taken) < 1 or time.monotonic() < deadline):
                 payload = payloads[len(taken) % len(payloads)].data
                 answer = asker.ask(payload, LOAD_S)
@@ -190,12 +203,12 @@ def _require(condition: bool, what: str) -> None:
 # Training
 
 
-def train_size(model: Model, gflop: float | None) -> int:
-    """Side at which two steps are affordable on a CPU: the default or its half or quarter, a multiple of 32."""
+def train_size(model: Model, gflop: float | None, step_gflop: float = FULL.step_gflop) -> int:
+    """Side at which a step stays below step_gflop: the default, its half or its quarter, a multiple of 32."""
     side = model.image_size
     for part in (1, 2, 4):
         side = model.image_size if part == 1 else max(64, model.image_size // part // 32 * 32)
-        if gflop is None or 3 * BATCH * gflop * (side / model.image_size) ** 2 <= STEP_GFLOP:
+        if gflop is None or 3 * BATCH * gflop * (side / model.image_size) ** 2 <= step_gflop:
             break
     return side
 
@@ -257,7 +270,7 @@ def count_gflop(model: Model) -> float:
 # Putting it together
 
 
-def measure(model: Model, device: str) -> Row:
+def measure(model: Model, device: str, effort: Effort) -> Row:
     """The row of one model; every part that fails leaves its reason."""
     cells: dict[str, Any] = {}
     problems: list[str] = []
@@ -271,8 +284,8 @@ def measure(model: Model, device: str) -> Row:
     with tempfile.TemporaryDirectory(prefix="corun-models-") as name:
         directory = Path(name)
         part("counting", lambda: {"gflop": count_gflop(model)})
-        part("serving", lambda: serve(model, device, directory))
-        size = train_size(model, cells.get("gflop"))
+        part("serving", lambda: serve(model, device, effort, directory))
+        size = train_size(model, cells.get("gflop"), effort.step_gflop)
         part("training", lambda: train(model, device, size, directory))
     return Row(model.family, model.name, model.image_size, **cells, problems=tuple(problems))
 
@@ -322,7 +335,7 @@ def main(
         print(HEAD, flush=True)
         rows = []
         for model in chosen(quick, only or []):
-            rows.append(measure(model, device))
+            rows.append(measure(model, device, QUICK if quick else FULL))
             print(rows[-1].line(), flush=True)
         figures = figures_of(rows)
         whole = not (quick or only)

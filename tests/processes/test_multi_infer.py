@@ -56,7 +56,7 @@ def test_loops_beside_training_from_command_to_table(start: Start, tmp_path: Pat
     )
     assert program.wait() == 0, program.output()
     (run,) = (tmp_path / "result").iterdir()
-    manifest, summary = _manifest(run), json.loads((run / "summary.json").read_text())
+    manifest, summary = _manifest(run), json.loads((run / "loops.json").read_text())
     assert manifest["status"] == "complete"
     (window,) = manifest["segments"]
     assert manifest["threads"]["trainer squeezenet1_1_8"] == 1
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_the_window_and_saves(start: Start, tmp_path: Path) -> None:
     program.signal(signal.SIGINT)
     assert program.wait(60) == 130, program.output()
     assert _manifest(run)["status"] == "interrupted"
-    assert json.loads((run / "summary.json").read_text())["loops"][0]["inferences"] > 3
+    assert json.loads((run / "loops.json").read_text())["loops"][0]["inferences"] > 3
 
 
 def test_loops_die_with_a_killed_launcher(start: Start, tmp_path: Path) -> None:

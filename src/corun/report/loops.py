@@ -1,4 +1,4 @@
-"""The end of a run of inference loops: rates, percentiles and training speed, as summary.json and as a table.
+"""The end of a run of inference loops: rates, percentiles and training speed, as loops.json and as a table.
 
 Rates count an inference over the window's edge by the share of it that lies inside; percentiles are exact, over every
 inference of the window that was OK, with the sample floors of `corun.stats.percentiles`.
@@ -62,7 +62,7 @@ class LoopSummary:
 
 
 def summarise_loops(path: Path) -> LoopSummary:
-    """Read a run of loops, whatever state it is in, and write its summary.json."""
+    """Read a run of loops, whatever state it is in, and write its loops.json."""
     manifest = read_manifest(path)
     measured = windows(manifest)
     config, seconds = manifest["config"], sum(window.seconds for window in measured)
@@ -78,7 +78,7 @@ def summarise_loops(path: Path) -> LoopSummary:
         train_samples_per_s=_rounded(speed.get("train_samples_per_s")),
         train_steps=speed.get("train_steps"),
     )
-    write_json(path / "summary.json", summary.as_json())
+    write_json(path / "loops.json", summary.as_json())
     return summary
 
 

@@ -88,7 +88,7 @@ class Session:
     def _run_window(self) -> None:
         """Steps until the window ends, there is nothing left, or the launcher says otherwise."""
         window = self._armed
-        while window is not None and self._running and now_ns() < window.stop_at_ns:
+        while window is not None and self._armed is window and self._running and now_ns() < window.stop_at_ns:
             if not self._work.step() or not self._goes_on():
                 break
         if self._armed is window:

@@ -73,7 +73,7 @@ def test_training_speed_is_that_of_the_window(tmp_path: Path) -> None:
         table.row({name: step.get(name) for name in names(TRAIN)})
     summary = summarise_loops(run)
     assert (summary.train, summary.train_samples_per_s, summary.train_steps) == ("resnet18_16", 16.0, 1)
-    assert json.loads((run / "summary.json").read_text())["train_samples_per_s"] == 16.0
+    assert json.loads((run / "loops.json").read_text())["train_samples_per_s"] == 16.0
 
 
 def test_a_run_without_a_window_or_rows_reads_as_well(tmp_path: Path) -> None:

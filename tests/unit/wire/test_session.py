@@ -177,6 +177,24 @@ def test_a_new_arm_during_a_window_replaces_it(worker: Callable[..., Worker]) ->
     assert [arm.segment for arm in one.work.arms] == [0, 1]
 
 
+def test_a_window_armed_and_started_at_once_still_waits_for_its_instant(worker: Callable[..., Worker]) -> None:
+    """ARM and START that arrive together in the middle of a window end it; no step comes before the new start_at."""
+    one = worker()
+    one.arm(0, length_ms=60_000)
+    one.channel.request(Start(0), ANSWER_S)
+    while not one.channel.request(Stats(), ANSWER_S)["steps"]:
+        pass
+    start = now_ns() + 200 * NS_PER_MS
+    armed = one.channel.send(Arm("corun", 0, 1, start, start + 40 * NS_PER_MS))
+    started = one.channel.send(Start(1))
+    for id in (armed, started):
+        one.channel.wait_reply(id, ANSWER_S)
+    time.sleep(0.25)
+    one.channel.request(Drain(), ANSWER_S)
+    assert one.work.steps
+    assert min(one.work.steps) >= start
+
+
 @pytest.mark.parametrize("message", [Load("null"), Warmup()])
 def test_messages_of_other_roles_are_refused(worker: Callable[..., Worker], message: Load | Warmup) -> None:
     """LOAD and WARMUP are not for workers: the refusal names the role."""
