@@ -101,6 +101,15 @@ def _as_list(targets: Any) -> list[str]:
     return [targets] if isinstance(targets, str) else list(targets)
 
 
+def scale(path: Path | None, options: AdapterOptions | None = None) -> float:
+    """alpha / rank of the adapter `attach` would make of the same arguments."""
+    if path is None:
+        wanted = options or AdapterOptions()
+        return wanted.alpha / wanted.rank
+    given = _read_config(path)
+    return float(given.get("lora_alpha", 8)) / float(given.get("r", 8))
+
+
 def parameters(model: Any, name: str) -> dict[str, Any]:
     """The adapter's own parameters by their names in a file."""
     mark = f".{name}."

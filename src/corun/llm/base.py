@@ -7,7 +7,8 @@ One module tree with two adapters does not work: switching the active adapter ch
 with two threads training is silently wrong. Two trees cost about 1 MiB of Python objects and need no lock,
 because nobody writes to the base. Never merge an adapter into a tree: that writes the shared tensors in place.
 
-Between processes the tensors are shared by mapping one safetensors file on the CPU, and by CUDA IPC on a GPU.
+Between processes the tensors are shared by mapping the same files on the CPU, the checkpoint's own where its
+precision is the one in use, else one stored for the purpose, and by CUDA IPC on a GPU.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def base_bytes(base: Any) -> int:
 
 @dataclass(frozen=True)
 class SharedBase:
-    """What another process needs to have the same base: a stored file (CPU) or CUDA tensors sent by IPC.
+    """What another process needs to have the same base: CUDA tensors sent by IPC, a stored file, or the checkpoint.
 
-    source: the checkpoint directory, for its tokenizer. The process that made CUDA tensors must outlive the others.
+    source: the checkpoint directory; with neither `path` nor `tensors` its shards are mapped, else it gives the
+    tokenizer. The process that made CUDA tensors must outlive the others.
     """
 
     sizes: Mapping[str, Any]
@@ -67,21 +69,33 @@ class SharedBase:
     tensors: Mapping[str, Any] | None = None
 
     def open(self) -> Any:
-        """The base in this process; a stored file is mapped, so its pages are shared with all who open it."""
+        """The base in this process; files are mapped, so their pages are shared with all who open them."""
         plugin = glm()
-        state = self.tensors if self.path is None else torch_tools.read_state_dict(self.path)
-        tokenizer = plugin.load_tokenizer(Path(self.source) if self.source else None)
-        return plugin.Base(plugin.Shape(**self.sizes), state, self.label, tokenizer)
+        source = Path(self.source) if self.source else None
+        shape, tokenizer = plugin.Shape(**self.sizes), plugin.load_tokenizer(source)
+        return plugin.Base(shape, self._state(source), self.label, tokenizer)
+
+    def _state(self, source: Path | None) -> Mapping[str, Any]:
+        if self.tensors is not None:
+            return self.tensors
+        if self.path is not None:
+            return torch_tools.read_state_dict(self.path)
+        assert source is not None
+        state: Mapping[str, Any] = glm().read_checkpoint(source)[1]
+        return state
 
 
 def share(base: Any, directory: Path, source: str | None = None) -> SharedBase:
-    """Make a base ready for other processes; on the CPU it is written once to `directory`.
+    """Make a base ready for other processes.
 
-    Open the result in this process too and drop `base`, or this process keeps a copy of its own.
+    On the CPU it is written once to `directory`, unless it is that of `source` in its own precision. Open the result
+    in this process too and drop `base`, or this process keeps a copy of its own.
     """
     sizes = vars(base.shape).copy()
     if base.state["lm_head.weight"].device.type == "cuda":
         return SharedBase(sizes, base.label, source, tensors=dict(base.state))
+    if source is not None and _is_files_own(base, source):
+        return SharedBase(sizes, base.label, source)
     from safetensors.torch import save_file
 
     path = directory / STORED
@@ -91,3 +105,9 @@ def share(base: Any, directory: Path, source: str | None = None) -> SharedBase:
     except OSError as error:
         raise RunFault(f"cannot store the base in {path}: {error}") from error
     return SharedBase(sizes, base.label, source, path=path)
+
+
+def _is_files_own(base: Any, source: str) -> bool:
+    """True when the checkpoint holds the base's tensors in the base's precision."""
+    stored = glm().read_checkpoint(Path(source))[1]
+    return all(stored[name].dtype == value.dtype for name, value in base.state.items())

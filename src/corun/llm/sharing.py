@@ -14,6 +14,7 @@ The learner obeys one request at a time, between two of its steps: train n steps
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -133,14 +134,20 @@ class LearnerHandle:
         return answer
 
 
-def start_learner(shared: SharedBase, base: Any, job: Job, mode: str = PROCESS) -> LearnerHandle:
+def start_learner(shared: SharedBase | None, base: Any, job: Job, mode: str = PROCESS) -> LearnerHandle:
     """A learner beside the server, in one of MODES; `base` is the server's own opened base.
+
+    shared: how another process gets the base; None will do for `thread`.
 
     Returns once it is ready to train. Raises InputError for an unknown mode or a job that cannot be trained.
     """
     if mode not in MODES:
         raise InputError(f'sharing mode "{mode}" is not one of {", ".join(MODES)}{suggest(mode, MODES)}')
-    return _in_thread(base, job) if mode == THREAD else _in_process(shared, job, mode == NONE)
+    if mode == THREAD:
+        return _in_thread(base, job)
+    if shared is None:
+        raise InputError(f"sharing mode {mode} needs a shared base: corun.llm.base.share")
+    return _in_process(shared, job, mode == NONE)
 
 
 def _in_thread(base: Any, job: Job) -> LearnerHandle:
@@ -182,6 +189,7 @@ def _reap(child: Any) -> None:
 
 def _child(shared: SharedBase, job: Job, own_copy: bool, connection: Connection, parent: int) -> None:
     die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it stops the learner
     try:
         base = shared.open()
         learner = make_learner(copied(base) if own_copy else base, job)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from corun.errors import InputError
 from corun.llm import adapters
 from corun.llm.adapters import AdapterOptions
-from corun.llm.base import glm, share, tree
+from corun.llm.base import glm, load_base, share, tree
 from corun.llm.learn import Learner, LearnOptions, new_learner
 
 EXAMPLES = [([3 + i, 4, 5 + i], [10 + i, 11, 12 + i][: 1 + i % 3]) for i in range(8)]
@@ -157,10 +157,26 @@ def test_a_stored_base_opens_bit_equal(base: Any, tmp_path: Path) -> None:
     assert all(torch.equal(base.state[name], value) for name, value in opened.state.items())
 
 
+def test_a_checkpoint_in_its_own_precision_is_shared_by_its_own_files(tmp_path: Path) -> None:
+    """Nothing is stored for an fp32 checkpoint used in fp32; used in bf16 one file is."""
+    plugin = glm()
+    shape = plugin.Shape(layers=1, hidden=32, ffn=48, heads=4, head_dim=8, vocab=300, max_length=64)
+    names = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "kv_channels": 8}
+    names |= {"multi_query_group_num": 2, "padded_vocab_size": 300, "seq_length": 64, "layernorm_epsilon": 1e-5}
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(names))
+    save_file({name: torch.randn(size) for name, size in shape.original().items()}, source / "model.safetensors")
+    for precision, stored in (("fp32", False), ("bf16", True)):
+        base = load_base(str(source), precision=precision)
+        shared = share(base, tmp_path / precision, str(source))
+        assert (shared.path is not None) == stored
+        opened = shared.open()
+        assert all(torch.equal(base.state[name], value) for name, value in opened.state.items())
+
+
 def test_half_precision_bases_train_float32_adapters() -> None:
     """On a bf16 base the adapter's tensors are float32 and the loss is finite."""
-    from corun.llm.base import load_base
-
     learner = new_learner(load_base(precision="bf16"), EXAMPLES, FAST)
     assert {value.dtype for value in learner.adapter().values()} == {torch.float32}
     assert isinstance(learner, Learner)
