@@ -11,11 +11,13 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 from corun.clock import NS_PER_S
+from corun.errors import RunFault
 from corun.launch.experiment import Outcome, run_pair
 from corun.process import StopSignal
 from corun.run import config as configs
@@ -28,6 +30,8 @@ FILE: Final = "calibration.json"
 SERVICE: Final = "null"
 RATE: Final = 400.0
 SECONDS: Final = 2.0
+HOST: Final = "127.0.0.1"
+PORT_TRIES: Final = 50
 
 _FIGURES = (("slip", "slip_ms"), ("response", "response_ms"), ("sojourn", "sojourn_ms"))
 _COLUMNS = tuple(
@@ -56,7 +60,7 @@ class Calibration:
 
 def calibrate(stop: StopSignal) -> dict[str, Any]:
     """Measure client and null server; a failure is in the answer, never an exception."""
-    cell = _cell(_free_port())
+    cell = _cell(free_port())
     with tempfile.TemporaryDirectory(prefix="corun-calibration-") as folder:
         run = RunDirectory.create(Path(folder) / "run", cell.resolved(), cell.digest())
         outcome = run_pair(cell, run, stop, lambda line: None)
@@ -74,10 +78,18 @@ def _cell(port: int) -> configs.Pair:
     return cell
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """The first of `count` ports of the loopback that nobody holds now; RunFault when none can be found."""
+    for _ in range(PORT_TRIES):
+        with ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind((HOST, 0))
+            port = int(first.getsockname()[1])
+            with suppress(OSError, OverflowError):
+                for index in range(1, count):
+                    stack.enter_context(socket.socket()).bind((HOST, port + index))
+                return port
+    raise RunFault(f"no {count} free ports in a row were found on {HOST}")
 
 
 def figures(run: RunDirectory, outcome: Outcome) -> dict[str, Any]:
@@ -112,4 +124,4 @@ def _microseconds(name: str, column: str, answered: Table) -> dict[str, float | 
     return {key: None if value is None else round(value, 1) for key, value in quoted.items()}
 
 
-__all__ = ["FILE", "Calibration", "calibrate", "figures"]
+__all__ = ["FILE", "Calibration", "calibrate", "figures", "free_port"]
