@@ -226,8 +226,10 @@ class _Experiment:
             return
         services = [service.label for service in self._pair.services]
         self._live.begin(self._run.path, segment, services, start_ns, stop_ns)
-        self._sleep_until(stop_ns, family)
-        self._live.end()
+        try:
+            self._sleep_until(stop_ns, family)
+        finally:
+            self._live.end()
 
     def _sleep_until(self, stop_ns: int, family: Family) -> None:
         """Sleep through the window; a child's death is recorded at once, a stop signal ends the window."""
