@@ -1,0 +1,271 @@
+"""Controllers, ladder, forecast and brakes as pure functions, and a load step in an ideal plant."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from corun.clock import NS_PER_MS
+from corun.errors import InputError
+from corun.share.brakes import GO_ON, LEAST_REST_NS, LOOK_AGAIN_NS, Brakes
+from corun.share.controllers import Aimd, Controller, Pi, State, Window, ladder, make_controller, percentile_ms
+from corun.share.forecast import Ewma, Headroom, make_forecaster
+from corun.share.page import Knobs
+
+SLO_MS = 50.0
+CONTROLLERS: list[Controller] = [Aimd(SLO_MS), Pi(SLO_MS)]
+states = st.builds(State, st.floats(0.05, 1), st.floats(0.05, 1), st.integers(0, 16))
+windows = st.builds(
+    Window, st.floats(0.1, 60), st.integers(0, 1000), st.none() | st.floats(0.001, 1e6), st.integers(0, 1000)
+)
+both = pytest.mark.parametrize("controller", CONTROLLERS, ids=lambda c: type(c).__name__)
+
+
+@both
+@settings(max_examples=100)
+@given(state=states, seen=st.lists(windows, max_size=20))
+def test_the_effort_stays_between_floor_and_one(controller: Controller, state: State, seen: list[Window]) -> None:
+    """Whatever is seen, training is never starved below the floor nor asked for more than everything."""
+    for window in seen:
+        state = controller.next(state, window)
+        assert 0.05 <= state.effort <= 1
+        assert 0.05 <= state.integral <= 1
+
+
+@both
+@given(state=states, p99=st.floats(SLO_MS * 1.001, 1e6))
+def test_a_broken_bound_never_raises_the_effort(controller: Controller, state: State, p99: float) -> None:
+    """Above the bound the next effort is no higher than the one the same state gives at the bound."""
+    state = State(state.effort, min(state.integral, state.effort), state.streak)
+    after = controller.next(state, Window(5, 100, p99))
+    assert after.effort <= max(0.05, state.effort)
+
+
+@both
+def test_quiet_windows_bring_everything_back(controller: Controller) -> None:
+    """From the floor, windows without replies or far below the bound lead to full effort and stay there."""
+    for p99 in (None, 1.0):
+        state = State(0.05, 0.05)
+        efforts = []
+        for _ in range(20):
+            state = controller.next(state, Window(5, 100, p99))
+            efforts.append(state.effort)
+        assert efforts == sorted(efforts)
+        assert efforts[11:] == [1.0] * 9
+
+
+@both
+def test_a_long_overload_winds_nothing_up(controller: Controller) -> None:
+    """After an hour above the bound the effort recovers as fast as after a minute."""
+
+    def windows_to_half(bad: int) -> int:
+        state = State()
+        for _ in range(bad):
+            state = controller.next(state, Window(5, 100, 10 * SLO_MS))
+        count = 0
+        while state.effort < 0.5:
+            state = controller.next(state, Window(5, 100, 1.0))
+            count += 1
+        return count
+
+    assert windows_to_half(720) == windows_to_half(12)
+
+
+def test_aimd_cuts_by_the_overshoot_and_holds_near_the_bound() -> None:
+    """Twice the bound halves the effort; between the margin and the bound nothing changes."""
+    aimd = Aimd(SLO_MS)
+    assert aimd.next(State(0.8), Window(5, 9, 2 * SLO_MS)).effort == pytest.approx(0.4)
+    assert aimd.next(State(0.8), Window(5, 9, 100 * SLO_MS)).effort == pytest.approx(0.24)
+    assert aimd.next(State(0.8, streak=3), Window(5, 9, 0.9 * SLO_MS)) == State(0.8)
+
+
+def test_aimd_grows_faster_while_nothing_is_harmed() -> None:
+    """The increase doubles with each good window and starts anew after a bad one."""
+    aimd, state, efforts = Aimd(SLO_MS), State(0.1), []
+    for _ in range(4):
+        state = aimd.next(state, Window(5, 9, 1.0))
+        efforts.append(round(state.effort, 6))
+    assert efforts == [0.15, 0.25, 0.45, 0.85]
+    assert aimd.next(state, Window(5, 9, 2 * SLO_MS)).streak == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"slo_ms": 0}, {"slo_ms": math.nan}, {"margin": 0}, {"margin": 1.1}, {"floor": 0}]
+)
+@pytest.mark.parametrize("name", ["aimd", "pi"])
+def test_impossible_controllers_are_refused(name: str, change: dict[str, float]) -> None:
+    """A bound, margin or floor that means nothing is named."""
+    options = {"slo_ms": SLO_MS, "margin": 0.8, "floor": 0.05, **change}
+    with pytest.raises(InputError, match=next(iter(change))):
+        make_controller(name, options["slo_ms"], options["margin"], options["floor"])
+
+
+def test_an_unknown_controller_is_refused() -> None:
+    """Only what exists can be chosen."""
+    with pytest.raises(InputError, match="aimd or pi"):
+        make_controller("pid", 1, 0.8, 0.1)
+
+
+efforts = st.floats(0.01, 1)
+
+
+@given(efforts, efforts, st.integers(1, 8), st.integers(1, 64), st.floats(0.1, 1))
+def test_less_effort_never_means_coarser_steps_or_more_work(
+    one: float, other: float, micro: int, finest: int, duty: float
+) -> None:
+    """The ladder is monotone in the effort, keeps to its ends, and never exceeds the base."""
+    base = Knobs(micro, duty, 2)
+    low, high = (ladder(effort, base, finest) for effort in sorted((one, other)))
+    assert low.micro >= high.micro
+    assert low.duty <= high.duty
+    for knobs in (low, high):
+        assert micro <= knobs.micro <= max(micro, finest)
+        assert 0 < knobs.duty <= duty
+        assert knobs.threads == 2
+
+
+def test_granularity_first_duty_last() -> None:
+    """Full effort is the base; half effort is the finest split at full duty; below it only the duty falls."""
+    base = Knobs()
+    assert ladder(1.0, base, 16) == base
+    assert ladder(0.75, base, 16) == Knobs(4)
+    assert ladder(0.5, base, 16) == Knobs(16)
+    assert ladder(0.25, base, 16) == Knobs(16, 0.5)
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=400), st.sampled_from([5.0, 50.0, 99.0]))
+def test_percentiles_are_samples(latencies: list[int], percent: float) -> None:
+    """The percentile is the one that numpy calls "higher"; nothing has none."""
+    expected = float(np.quantile(np.array(latencies), percent / 100, method="higher"))
+    assert percentile_ms(latencies, percent) == pytest.approx(expected / 1e6)
+    assert percentile_ms([]) is None
+
+
+def _plant(utilisation: float, knobs: Knobs) -> float:
+    """p99 (ms) of an ideal queue of 10-ms services beside 120-ms steps: backlog, and the step a request meets."""
+    wait = 10 * (1 + 3 * utilisation / (1 - utilisation))
+    meets = knobs.duty * 120 / knobs.micro * (1 + 0.3 / knobs.micro)
+    return wait + meets
+
+
+@both
+@pytest.mark.parametrize("slo_ms", [45.0, 60.0, 120.0])
+def test_a_load_step_is_absorbed_and_forgotten(controller: Controller, slo_ms: float) -> None:
+    """Utilisation 10 -> 40 -> 10 %: p99 below the bound within three windows, training back to 90 % after it."""
+    controller = type(controller)(slo_ms)  # type: ignore[call-arg]
+    state, speeds, p99s = State(), [], []
+    for window in range(72):
+        utilisation = 0.4 if 24 <= window < 48 else 0.1
+        knobs = ladder(state.effort, Knobs(), 16)
+        p99s.append(_plant(utilisation, knobs))
+        speeds.append(knobs.duty * (1 - utilisation) / (1 + 0.02 * knobs.micro))
+        state = controller.next(state, Window(5, 100, p99s[-1]))
+    assert all(p99 <= slo_ms for p99 in p99s[26:28])
+    assert np.mean([p99 <= slo_ms for p99 in p99s[26:48]]) >= 0.85
+    assert np.mean(speeds[60:]) >= 0.9 * np.mean(speeds[12:24])
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=1, max_size=50), st.floats(0.05, 1), st.floats(0, 1))
+def test_a_forecast_is_never_negative(rates: list[float], weight: float, trend: float) -> None:
+    """However the rates fall, the forecast is a rate."""
+    forecaster = Ewma(weight, trend)
+    assert forecaster.forecast() is None
+    for rate in rates:
+        forecaster.observe(rate)
+        assert (forecaster.forecast(3) or 0) >= 0
+
+
+@given(st.floats(0, 1e4), st.integers(2, 30))
+def test_a_constant_load_is_forecast_exactly(rate: float, count: int) -> None:
+    """Equal rates are their own forecast."""
+    forecaster = Ewma()
+    for _ in range(count):
+        forecaster.observe(rate)
+    assert forecaster.forecast(4) == pytest.approx(rate)
+
+
+def test_a_ramp_is_forecast_ahead_of_its_last_value() -> None:
+    """With a trend the forecast of a rising load lies above what was seen; without one it lags behind."""
+    trending, lagging = Ewma(0.5, 0.5), Ewma(0.5, 0.0)
+    for rate in range(0, 100, 5):
+        trending.observe(rate)
+        lagging.observe(rate)
+    assert (trending.forecast(2) or 0) > 95 > (lagging.forecast(2) or 0)
+
+
+@given(st.floats(0, 5), st.floats(0, 5))
+def test_headroom_falls_with_the_load(one: float, other: float) -> None:
+    """More forecast load never means more effort; the ends are 1 and the floor."""
+    headroom = Headroom(0.2, 0.7, 0.1)
+    low, high = sorted((one, other))
+    assert headroom.effort(low) >= headroom.effort(high) >= 0.1
+    assert headroom.effort(0.2) == 1
+    assert headroom.effort(0.7) == pytest.approx(0.1)
+
+
+def test_impossible_forecasts_are_refused() -> None:
+    """Weights, headroom and forecasters outside their range are named."""
+    for make in (lambda: Ewma(0), lambda: Ewma(0.5, 2), lambda: Headroom(0.7, 0.2), lambda: make_forecaster("lstm2")):
+        with pytest.raises(InputError):
+            make()
+
+
+@settings(max_examples=60)
+@given(st.floats(0.05, 1), st.lists(st.integers(1, 200), min_size=5, max_size=60))
+def test_the_duty_is_kept_over_time(duty: float, works_ms: list[int]) -> None:
+    """Work is at most duty x time plus one piece and one rest too short to be taken, however work is cut."""
+    brakes, now, worked = Brakes(), 1, 0
+    brakes.arrive(now, duty)
+    brakes.leave(now)
+    for work_ms in works_ms:
+        now += work_ms * NS_PER_MS
+        worked += work_ms * NS_PER_MS
+        brakes.arrive(now, duty)
+        while until := brakes.held_until(now, False):
+            now = until
+        brakes.leave(now)
+    slack = LEAST_REST_NS * duty / (1 - duty) if duty < 1 else 0
+    assume(brakes.owed_ns < LEAST_REST_NS)
+    assert worked <= duty * (now - 1) + slack + 10
+
+
+@given(st.integers(0, 1000), st.integers(0, 300), st.floats(0.1, 1))
+def test_being_held_counts_as_rest(work_ms: int, held_ms: int, duty: float) -> None:
+    """Rest that is owed shrinks by the time a request held the trainer."""
+    brakes, now = Brakes(), 1
+    brakes.arrive(now, duty)
+    brakes.leave(now)
+    now += work_ms * NS_PER_MS
+    brakes.arrive(now, duty)
+    owed = brakes.owed_ns
+    now += held_ms * NS_PER_MS
+    assert brakes.leave(now) == held_ms * NS_PER_MS
+    assert brakes.owed_ns == pytest.approx(max(0.0, owed - held_ms * NS_PER_MS))
+
+
+def test_pending_holds_for_ever_or_for_max_wait() -> None:
+    """A pending request holds the trainer and is asked about again soon; max_wait is a bound for one stop."""
+    brakes = Brakes()
+    brakes.arrive(1000, 1.0)
+    late = 1000 + 10**12
+    assert brakes.held_until(late, True) == late + LOOK_AGAIN_NS
+    assert brakes.held_until(late, False) == GO_ON
+    bounded = Brakes(max_wait_ns=5 * NS_PER_MS)
+    bounded.arrive(1000, 1.0)
+    assert bounded.held_until(1000, True) == 1000 + 5 * NS_PER_MS
+    assert bounded.held_until(1000 + 5 * NS_PER_MS, True) == GO_ON
+
+
+def test_full_duty_forgives_what_is_owed() -> None:
+    """A trainer that is no longer throttled goes on at once."""
+    brakes = Brakes()
+    brakes.arrive(1, 1.0)
+    brakes.leave(1)
+    brakes.arrive(10**9, 0.1)
+    assert brakes.held_until(10**9, False) > 10**9
+    brakes.arrive(10**9, 1.0)
+    assert brakes.held_until(10**9, False) == GO_ON
