@@ -1,0 +1,40 @@
+"""Feed-forward: a forecast of the arrival rate says how much of the machine to leave free before requests come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from corun.share.brakes import Mode
+from corun.share.controllers import FLOOR
+from corun.share.forecast import Headroom, make_forecaster
+from corun.share.policy import Kind, Policy, Rule
+
+
+@dataclass
+class Predictive(Policy):
+    """low, high: forecast utilisation at which training begins to yield, and is down to the floor.
+
+    forecaster: ewma, or any other that `corun.share.forecast` knows. forecast_s: length of a forecast window.
+    micro_max: finest split of a step before the duty is lowered.
+    """
+
+    forecaster: str = "ewma"
+    forecast_s: float = 1.0
+    low: float = 0.2
+    high: float = 0.7
+    floor: float = FLOOR
+    micro_max: int = 8
+
+    name: ClassVar[str] = "predictive"
+    kind: ClassVar[Kind] = "forecast"
+    summary: ClassVar[str] = "a forecast of the load sets effort before the requests come"
+    live: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        Headroom(self.low, self.high, self.floor)
+        make_forecaster(self.forecaster)
+
+    def rule(self) -> Rule | None:
+        names = ("forecaster", "forecast_s", "low", "high", "floor", "micro_max")
+        return Rule(mode=Mode.PREDICTIVE, options={name: getattr(self, name) for name in names})
