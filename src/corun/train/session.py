@@ -25,7 +25,6 @@ from corun.wire.channel import Channel, answer_clock
 from corun.wire.frames import RequestHeader
 from corun.wire.messages import Arm, Clock, Drain, Hello, Message, Start, Stats, Stop
 
-
 ANSWERS_AT_ONCE = 4
 
 
