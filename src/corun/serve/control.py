@@ -47,7 +47,11 @@ class Caller(NamedTuple):
 
 
 class Control:
-    """The control side of one server; `handle` and `finished` run on the io thread."""
+    """The control side of one server; `handle` and `finished` run on the io thread.
+
+    pending: a DRAIN or STOP waits for the server to settle (or the first load failed): new requests are turned
+    away and `finished` is to be asked after every turn.
+    """
 
     def __init__(self, server: Server, load: Callable[[Load], Engine]) -> None:
         self._server = server
@@ -55,12 +59,8 @@ class Control:
         self._drains: list[Caller] = []
         self._stops: list[Caller] = []
         self._stop_by_ns = 0
+        self.pending = False
         self.start_error: BaseException | None = None
-
-    @property
-    def draining(self) -> bool:
-        """New requests are turned away."""
-        return bool(self._drains or self._stop_by_ns)
 
     def begin(self, initial: Load | None) -> None:
         """Load the first model, if any; a failure ends the server."""
@@ -73,6 +73,7 @@ class Control:
                 self._load(initial)
             except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; serve() raises it again
                 self.start_error = error
+                self.pending = True
                 self._server.wake()
 
         self._server.queue.post(load)
@@ -237,14 +238,12 @@ class Control:
             server.refuse(server.queue.clear(), Status.CANCELLED)
 
     def _watch(self) -> None:
-        self._server.worker.watched = True
+        self.pending = self._server.worker.watched = True
 
     def finished(self) -> bool:
         """Answer who waits for a settled server; True when the server should end."""
         if self.start_error:
             return True
-        if not self.draining:
-            return False
         settled = self._server.settled()
         self._answer_drains(settled)
         if not self._stop_by_ns:
@@ -270,8 +269,8 @@ class Control:
             else:
                 waiting.append(caller)
         self._drains = waiting
-        if not self.draining:
-            self._server.worker.watched = False
+        if not (waiting or self._stop_by_ns):
+            self.pending = self._server.worker.watched = False
 
     def _segment_body(self) -> dict[str, Any]:
         return count_body(self._server.segment.counts())

@@ -1,12 +1,17 @@
 """The bounded queue between the thread that reads sockets and the thread that runs the model.
 
-The reader never blocks: what does not fit is handed back to be answered REJECTED, and counted. The model thread
-sleeps on one lock used as a binary semaphore, which costs a third of what threading.Condition does; it is
-released only while somebody really sleeps. Tasks (load, warm-up, arm) go before requests, between two batches.
+The reader never blocks: what does not fit is handed back to be answered REJECTED, and counted. Tasks (load,
+warm-up, arm) go before requests, between two batches.
+
+The model thread sleeps in a read of an eventfd. Writing to it lets go of the interpreter, so the sleeper can run
+the moment it is woken; a threading.Lock is released with the interpreter held, and on a shared core the woken
+thread then only finds it taken (measured: 7 instead of 14 µs from the last byte to the pick). Only a batch that
+is held until a deadline sleeps on a lock, for its timeout is finer than a millisecond.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,7 +38,7 @@ class Request:
     """One inference request on its way through the server.
 
     stamps: ns of CLOCK_MONOTONIC in the order of wire.STAMPS, 0 = not reached. payload is emptied once it is
-    decoded; payload_bytes stays. reply, status, detail and batch are filled by the engine. info: the model
+    decoded. reply, status, detail and batch are filled by the engine. info: the model
     that answered.
     """
 
@@ -44,7 +49,6 @@ class Request:
         "header",
         "info",
         "payload",
-        "payload_bytes",
         "queue_len",
         "reply",
         "segment",
@@ -64,7 +68,6 @@ class Request:
         self.connection = connection
         self.header = header
         self.payload = payload
-        self.payload_bytes = header.payload_len
         self.segment = segment
         self.stamps = [t_first, t_done, *_UNREACHED]
         self.status: int = 0
@@ -96,11 +99,13 @@ class RequestQueue:
     def __init__(self, policy: QueuePolicy[Request], batcher: Batcher, limit: int) -> None:
         self._policy = policy
         self._batcher = batcher
+        self._single = batcher.max_batch == 1
         self._limit = limit
         self._lock = threading.Lock()
-        self._wake = threading.Lock()
-        self._wake.acquire()
-        self._sleeping = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._alarm = threading.Lock()
+        self._alarm.acquire()
+        self._waker: Callable[[], None] | None = None
         self._tasks: deque[Task] = deque()
         self._closed = False
         self.in_flight = 0
@@ -119,34 +124,34 @@ class RequestQueue:
         with self._lock:
             waiting, push = len(self._policy), self._policy.push
             room = self._limit - waiting
-            accepted = requests if len(requests) <= room else requests[:room]
-            for request in accepted:
+            for request in requests if len(requests) <= room else requests[:room]:
                 request.queue_len = waiting
                 push(request)
                 waiting += 1
-            wake, self._sleeping = self._sleeping, False
-        if wake:
-            self._wake.release()
-        rejected = requests[len(accepted) :]
-        for request in rejected:
+            wake, self._waker = self._waker, None
+        if wake is not None:
+            wake()
+        if len(requests) <= room:
+            return ()
+        for request in requests[room:]:
             request.queue_len = waiting
-        return rejected
+        return requests[room:]
 
     def post(self, task: Task) -> None:
         """Have the model thread do something between two batches, before any waiting request."""
         with self._lock:
             self._tasks.append(task)
-            wake, self._sleeping = self._sleeping, False
-        if wake:
-            self._wake.release()
+            wake, self._waker = self._waker, None
+        if wake is not None:
+            wake()
 
     def close(self) -> None:
         """Let the model thread end: `take` returns None from now on."""
         with self._lock:
             self._closed = True
-            wake, self._sleeping = self._sleeping, False
-        if wake:
-            self._wake.release()
+            wake, self._waker = self._waker, None
+        if wake is not None:
+            wake()
 
     def clear(self) -> list[Request]:
         """Remove and return everything that waits."""
@@ -163,15 +168,26 @@ class RequestQueue:
             with self._lock:
                 if not held and (self._tasks or self._closed):
                     return self._tasks.popleft() if self._tasks else None
-                wait_until_ns = self._pick(held)
+                wait_until_ns = self._pick_one(held) if self._single else self._pick(held)
                 if wait_until_ns is None:
                     break
-                self._sleeping = True
+                self._waker = self._write if wait_until_ns == NEVER else self._alarm.release
             self._sleep(wait_until_ns)
         closed_ns = now_ns()
         for request in held:
             request.stamps[BATCHED] = closed_ns
         return held
+
+    def _pick_one(self, held: list[Request]) -> int | None:
+        """What `_pick` comes to for a batcher that makes batches of one."""
+        if not self._policy:
+            return NEVER
+        now = now_ns()
+        request = self._policy.pop(now)
+        request.stamps[PICKED] = now
+        held.append(request)
+        self.in_flight = 1
+        return None
 
     def _pick(self, held: list[Request]) -> int | None:
         """Move what the batcher takes from the policy to `held`; None when the batch is closed."""
@@ -190,19 +206,26 @@ class RequestQueue:
             if not take:
                 return wait_until_ns
 
+    def _write(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
     def _sleep(self, wait_until_ns: int) -> None:
         """Wait for a wake-up; afterwards nobody owes one."""
         if wait_until_ns == NEVER:
-            self._wake.acquire()
+            os.eventfd_read(self._wake_fd)
             return
         remaining_s = max(0, wait_until_ns - now_ns()) / NS_PER_S
-        if self._wake.acquire(timeout=remaining_s):
+        if self._alarm.acquire(timeout=remaining_s):
             return
         with self._lock:
-            woken, self._sleeping = not self._sleeping, False
-        if woken:
-            self._wake.acquire()
+            owed, self._waker = self._waker is None, None
+        if owed:
+            self._alarm.acquire()
 
     def done(self) -> None:
         """What was taken has been answered."""
         self.in_flight = 0
+
+    def dispose(self) -> None:
+        """Release the descriptor, once the model thread has ended."""
+        os.close(self._wake_fd)

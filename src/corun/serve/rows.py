@@ -92,7 +92,7 @@ class RowLog:
                 str(header.stream),
                 str(header.id),
                 _STATUS_NAMES[request.status],
-                str(request.payload_bytes),
+                str(header.payload_len),
                 str(len(request.reply)),
                 str(request.batch or ""),
                 str(request.queue_len),

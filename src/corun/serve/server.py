@@ -19,7 +19,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from corun.clock import NS_PER_S, anchor, now_ns
 from corun.errors import FrameError, PeerClosed, RunFault
@@ -34,7 +34,7 @@ from corun.serve.queue import Request, RequestQueue
 from corun.serve.rows import RowLog
 from corun.serve.statistics import Counts, Segment, Statistics, recent_ms
 from corun.serve.worker import Worker, answer
-from corun.wire import Address, Kind, RequestHeader, Status, listen
+from corun.wire import Address, Kind, Status, listen
 from corun.wire.messages import Load, encode
 
 ROLE = "server"
@@ -42,6 +42,10 @@ FLUSH_AFTER_S = 0.5
 FLUSH_AT_LATEST_S = 1.0
 QUIET_S = 0.002
 JOIN_S = 0.5
+FOREVER = -1.0
+
+EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
+INFER = int(Kind.INFER)
 
 _REFUSALS = {
     Status.REJECTED: "the queue is full",
@@ -113,7 +117,7 @@ class Server:
             self._register(stop)
             self.worker.start()
             self.control.begin(initial)
-            while not self.control.finished():
+            while not (self.control.pending and self.control.finished()):
                 self._turn(stop)
         finally:
             sys.setswitchinterval(switch_interval_s)
@@ -125,24 +129,25 @@ class Server:
 
     def _register(self, stop: StopRequest | None) -> None:
         for fd in (self._listener.fileno(), self._wake_fd):
-            self._epoll.register(fd, select.EPOLLIN)
+            self._epoll.register(fd, EPOLLIN)
         if stop:
-            self._epoll.register(stop.fileno(), select.EPOLLIN)
+            self._epoll.register(stop.fileno(), EPOLLIN)
         self.event("start", f"listening on {self.address}, pid {os.getpid()}")
 
     def _turn(self, stop: StopRequest | None) -> None:
         """One poll and everything it brought."""
-        timeout_s = self._timeout_s()
-        ready = self._epoll.poll(timeout_s)
+        ready = self._epoll.poll(self._timeout_s())
         for fd, events in ready:
             connection = self._connections.get(fd)
             if connection is None:
                 self._other(fd, stop)
-                continue
-            if events & select.EPOLLOUT:
-                connection.flush()
-            if events & ~select.EPOLLOUT:
+            elif events == EPOLLIN:
                 self._receive(connection)
+            else:
+                if events & EPOLLOUT:
+                    connection.flush()
+                if events & ~EPOLLOUT:
+                    self._receive(connection)
         if self._rows_since_ns:
             self._flush_if_due(quiet=not ready)
 
@@ -160,7 +165,7 @@ class Server:
 
     def _timeout_s(self) -> float:
         """How long the poll may last, by what is to be done later."""
-        timeout_s = self.control.timeout_s()
+        timeout_s = self.control.timeout_s() if self.control.pending else FOREVER
         if self._rows is None:
             return timeout_s
         now = now_ns()
@@ -200,7 +205,7 @@ class Server:
             self._close(connection, connection.reason)
             return
         try:
-            frames = connection.reader.receive(connection.sock)
+            frames: list[Any] = connection.reader.receive(connection.sock)
         except PeerClosed as error:
             self._close(connection, str(error) if connection.reader.mid_frame else "")
             return
@@ -208,17 +213,14 @@ class Server:
             self.bad_frames += 1
             self._close(connection, str(error))
             return
-        segment = self.segment
-        requests: list[Request] = []
+        segment, requests = self.segment, []
         for header, payload, t_first, t_done in frames:
-            assert isinstance(header, RequestHeader)
-            if header.kind == Kind.INFER:
+            if header.kind == INFER:
                 requests.append(Request(connection, header, payload, t_first, t_done, segment))
             else:
                 self._enqueue(requests)
-                requests = []
                 self.control.handle(connection, header, payload, t_first)
-                segment = self.segment
+                segment, requests = self.segment, []
         if requests:
             self._enqueue(requests)
 
@@ -228,7 +230,7 @@ class Server:
         self._connections.pop(connection.fd, None)
         connection.close()
         if not self._accepting:
-            self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
+            self._epoll.modify(self._listener.fileno(), EPOLLIN)
             self._accepting = True
 
     # Requests
@@ -237,14 +239,12 @@ class Server:
         if not requests:
             return
         requests[0].segment.received += len(requests)
-        if self.control.draining:
+        if self.control.pending:
             self.refuse(requests, Status.DRAINING)
         elif self.worker.engine is None:
             self.refuse(requests, Status.NOT_LOADED)
-        else:
-            rejected = self.queue.offer(requests)
-            if rejected:
-                self.refuse(rejected, Status.REJECTED)
+        elif rejected := self.queue.offer(requests):
+            self.refuse(rejected, Status.REJECTED)
 
     def refuse(self, requests: Sequence[Request], status: Status) -> None:
         """Answer without running the model, counted and recorded like every other answer."""
@@ -316,6 +316,8 @@ class Server:
         if self.abandoned:
             lost = self.queue.in_flight
             self.fault("stopped while the model was busy" + f"; {lost} requests are lost" * bool(lost))
+        else:
+            self.queue.dispose()
         gc.unfreeze()
         self.event("stop", Counts.total(self.segments).summary())
         for connection in list(self._connections.values()):

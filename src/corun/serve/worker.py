@@ -21,6 +21,7 @@ from corun.wire import STAMPS, Kind, Status, pack_reply
 from corun.wire.messages import encode
 
 TX = STAMPS.index("tx")
+REPLY = int(Kind.REPLY)
 MAX_FAULTS = 64
 
 
@@ -78,14 +79,12 @@ class Worker:
 
     def _serve(self, batch: list[Request]) -> None:
         engine = self.engine
-        live = []
         for request in batch:
             if request.connection.closed:
                 request.end(Status.CANCELLED, "the client is gone")
             elif engine is None:
                 request.end(Status.NOT_LOADED, "no model is loaded")
-            else:
-                live.append(request)
+        live = [request for request in batch if not request.status]
         if engine is not None and live:
             engine.run(live)
         for request in batch:
@@ -114,7 +113,7 @@ def answer(request: Request) -> None:
     header = request.header
     request.stamps[TX] = now_ns()
     packed = pack_reply(
-        Kind.REPLY, header.stream, header.id, request.status, request.stamps, len(request.reply), request.batch
+        REPLY, header.stream, header.id, request.status, request.stamps, len(request.reply), request.batch
     )
     request.connection.send(packed, request.reply)
 

@@ -26,6 +26,7 @@ from corun.wire.frames import (
 BUFFER_SIZE = 64 << 10
 
 HeaderT = TypeVar("HeaderT", RequestHeader, ReplyHeader)
+_new = tuple.__new__
 
 
 class Frame(NamedTuple):
@@ -47,8 +48,8 @@ class _Reader(Generic[HeaderT]):
         self._max_payload = max_payload
         self._buffer = bytearray(BUFFER_SIZE)
         self._view = memoryview(self._buffer)
+        self._room = self._view
         self._end = 0
-        self._limit = BUFFER_SIZE
         self._t_first = 0
         self._header: HeaderT | None = None
         self._payload = bytearray()
@@ -67,50 +68,51 @@ class _Reader(Generic[HeaderT]):
         as the garbage are dropped with it. A non-blocking socket with nothing to read gives an empty list.
         """
         try:
-            return self._receive(sock)
+            if self._header is not None:
+                return self._receive_payload(sock)
+            count = sock.recv_into(self._room)
         except (BlockingIOError, InterruptedError):
             return []
         except OSError as error:
             raise PeerClosed(f"the connection broke: {error.strerror or error}") from error
-
-    def _receive(self, sock: socket.socket) -> list[Frame]:
-        if self._header is not None:
-            return self._receive_payload(sock)
-        count = sock.recv_into(self._view[self._end : self._limit])
-        if count == 0:
-            raise PeerClosed("the peer closed in the middle of a frame" if self._end else "the peer closed")
         now = now_ns()
-        if self._end == 0:
-            self._t_first = now
-        self._end += count
-        return self._parse(sock, now)
-
-    def _parse(self, sock: socket.socket, now: int) -> list[Frame]:
+        if not count:
+            raise PeerClosed("the peer closed in the middle of a frame" if self._end else "the peer closed")
         frames: list[Frame] = []
-        size, view, start, end = self._header_size, self._view, 0, self._end
-        unpack = type(self)._unpack
+        view, size, start, end = self._view, self._header_size, 0, self._end + count
+        t_first = self._t_first if self._end else now
         while end - start >= size:
-            header = unpack(view, start, self._max_payload)
-            stop = start + size + header.payload_len
+            header = self._unpack(view, start, self._max_payload)
+            body = start + size
+            stop = body + header.payload_len
             if stop > end:
-                if header.payload_len + size > BUFFER_SIZE:
-                    self._begin_payload(header, start + size, end)
-                    start = end
+                if stop - start > BUFFER_SIZE:
+                    self._begin_payload(header, body, end, t_first)
+                    return frames or self.receive(sock)
                 break
-            frames.append(Frame(header, bytes(view[start + size : stop]), self._t_first, now))
-            self._t_first = now
+            frames.append(_new(Frame, (header, bytes(view[body:stop]), t_first, now)))
+            t_first = now
             start = stop
-        if start and start < end:
+        if start == end:
+            self._end, self._room = 0, view
+        else:
+            self._keep(start, end, t_first)
+        return frames
+
+    def _keep(self, start: int, end: int, t_first: int) -> None:
+        """The beginning of a frame stays at the front of the buffer."""
+        if start:
             self._buffer[: end - start] = self._buffer[start:end]
         self._end = end - start
-        if self._header is None:
-            self._limit = BUFFER_SIZE
-            return frames
-        return frames or self._receive_payload(sock)
+        self._t_first = t_first
+        self._room = self._view[self._end :]
 
-    def _begin_payload(self, header: HeaderT, start: int, end: int) -> None:
-        self._limit = self._header_size
+    def _begin_payload(self, header: HeaderT, start: int, end: int, t_first: int) -> None:
+        """A payload gets memory of its own; the next header is then read by itself."""
         self._header = header
+        self._t_first = t_first
+        self._end = 0
+        self._room = self._view[: self._header_size]
         self._payload = bytearray(header.payload_len)
         self._filled = end - start
         self._payload[: self._filled] = self._view[start:end]
@@ -118,13 +120,14 @@ class _Reader(Generic[HeaderT]):
     def _receive_payload(self, sock: socket.socket) -> list[Frame]:
         header = self._header
         assert header is not None
-        view = memoryview(self._payload)
-        while self._filled < header.payload_len:
-            count = sock.recv_into(view[self._filled :])
-            if count == 0:
+        room = memoryview(self._payload)[self._filled :]
+        while room:
+            count = sock.recv_into(room)
+            if not count:
                 raise PeerClosed("the peer closed in the middle of a frame")
             self._filled += count
-        frame = Frame(header, self._payload, self._t_first, now_ns())
+            room = room[count:]
+        frame = _new(Frame, (header, self._payload, self._t_first, now_ns()))
         self._header = None
         self._payload = bytearray()
         return [frame]
