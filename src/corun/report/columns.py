@@ -49,6 +49,8 @@ FILES = (
     File("attribution.csv", "who used the machine: CPU, memory, GPU and energy by role and arm", ATTRIBUTION),
     File("calibration.json", "client and null server alone on this machine, measured before the run"),
     File("validity.json", "every reason to doubt a number; nothing is ever thrown away because of one"),
+    File("slo.json", "promised latencies and whether they were kept, missed or cannot be told"),
+    File("loops.json", "figures of inference loops without sockets (multi_infer.py)"),
     File("report.html", "the page made by `python src/report.py RUN`, one file that loads nothing; its figures are in report/"),
     File("processes.jsonl", "role, name and pid of every process, as the profiler followed them"),
     File("profiler.json", "what the profiler could read on this machine and why not the rest; units of the extra columns"),
