@@ -67,7 +67,7 @@ class Counted:
 class PageGate:
     """The gate of a trainer that shares a page with the services. Called from the training thread only.
 
-    steerings: makes the steering of a mode bit when that bit is switched on.
+    steerings: makes the steering of a mode bit when that bit is first switched on.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class PageGate:
         self._brakes = Brakes(max_wait_ns)
         self._mode = Mode.FREE
         self._wheel: Wheel | None = None
+        self._wheels: dict[Mode, Wheel] = {}
         self._in_micro = False
         self._released_ns = 0
         self._step_ns = 0.0
@@ -154,10 +155,13 @@ class PageGate:
             self._step_ns = 0.0
 
     def _switch(self, mode: Mode, now: int) -> None:
-        """Start the steerings of a new mode afresh, from the knobs that stand on the page."""
+        """Steer as the new mode says, from the knobs on the page; a mode that was on before goes on where it was."""
         self._mode, self._step_ns = mode, 0.0
-        steerings = {bit: make() for bit, make in self._steerings.items() if mode & bit}
-        self._wheel = Wheel(steerings, self._page, self._micro_max, now) if steerings else None
+        self._wheel = self._wheels.get(mode)
+        if self._wheel:
+            self._wheel.resume(now)
+        elif steerings := {bit: make() for bit, make in self._steerings.items() if mode & bit}:
+            self._wheel = self._wheels[mode] = Wheel(steerings, self._page, self._micro_max, now)
         if self._wheel:
             self._page.set_knobs(self._wheel.knobs())
 

@@ -114,11 +114,15 @@ class Watch:
         self._steering = steering
         self._page = page
         self._period_ns = round(steering.window_s * NS_PER_S)
-        self._began = now
-        self._cursors = page.cursors()
-        self._arrivals = page.arrivals
         self.wish = steering.first
         self.p99_ms: float | None = None
+        self.begin(now)
+
+    def begin(self, now: int) -> None:
+        """Start a window now; what was seen since the last one belongs to none."""
+        self._began = now
+        self._cursors = self._page.cursors()
+        self._arrivals = self._page.arrivals
 
     def look(self, now: int, micro: int, step_ms: float) -> bool:
         """Judge the window if it is over; True when it was."""
@@ -140,12 +144,19 @@ class Watch:
 
 
 class Wheel:
-    """All steerings of a mode. base: the knobs of full effort; they come from the page when the mode begins."""
+    """All steerings of a mode. The knobs of full effort come from the page whenever the mode begins."""
 
     def __init__(self, steerings: Mapping[Mode, Steering], page: Page, micro_max: int, now: int) -> None:
         self._watches = [Watch(steering, page, now) for steering in steerings.values()]
+        self._page = page
         self._base = page.knobs
         self._micro_max = micro_max
+
+    def resume(self, now: int) -> None:
+        """The mode is switched on again: what was learned stays, windows begin now, the base is the page's."""
+        self._base = self._page.knobs
+        for watch in self._watches:
+            watch.begin(now)
 
     def turn(self, now: int, micro: int, step_ms: float) -> Knobs | None:
         """New knobs when a window ended, else None."""

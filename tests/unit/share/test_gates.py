@@ -197,21 +197,28 @@ def test_the_most_careful_wish_counts(page: Page) -> None:
     assert page.knobs.micro == 3
 
 
-def test_switching_the_mode_starts_controllers_afresh(page: Page) -> None:
-    """A steering is made anew whenever its bit is switched on, and never consulted while it is off."""
+def test_a_mode_that_was_on_before_goes_on_where_it_was(page: Page) -> None:
+    """Controllers keep what they learned over arms without them; no window spans the pause."""
     time, made = Time(), []
 
     def make() -> Recorder:
-        made.append(Recorder(Wish(effort=1.0), window_s=0.01))
+        made.append(Recorder(Wish(effort=0.5), window_s=0.05))
         return made[-1]
 
-    gate = _gate(page, time, steerings={Mode.SLO: make})
-    for mode in (0, Mode.SLO, 0, Mode.SLO):
-        page.mode = mode
+    gate = _gate(page, time, steerings={Mode.SLO: make}, micro_max=4)
+    service = Announcer(page, 0, clock=time.clock, beating=False)
+    for arm in (0, Mode.SLO, 0, Mode.SLO):
+        page.set_knobs(Knobs())
+        page.mode = arm
         for _ in range(4):
             gate.wait("step")
             time.advance(20 * NS_PER_MS)
-    assert [len(recorder.seen) for recorder in made] == [3, 3]
+            service.on_request()
+            service.on_reply()
+        assert page.knobs.micro == (4 if arm else 1)
+    (recorder,) = made
+    assert [window.arrivals for window, _, _ in recorder.seen] == [3, 3]
+    assert all(window.length_s < 0.1 for window, _, _ in recorder.seen)
 
 
 def test_options_build_a_gate_that_works(page: Page) -> None:
