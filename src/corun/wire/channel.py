@@ -153,7 +153,8 @@ class Channel:
 def _checked(header: ReplyHeader, payload: bytes) -> dict[str, Any]:
     body = decode_body(payload)
     if header.status != Status.OK:
-        raise RunFault(str(body.get("error") or f"the peer answered {Status(header.status).name}"))
+        known = {int(status): status.name for status in Status}
+        raise RunFault(str(body.get("error") or f"the peer answered {known.get(header.status, header.status)}"))
     return body
 
 

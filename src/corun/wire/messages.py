@@ -111,7 +111,7 @@ def decode(kind: int, payload: bytes | bytearray) -> Message:
         raise FrameError(f"frame kind {kind} is not a control message")
     try:
         return msgspec.json.decode(payload or b"{}", type=_BY_KIND[kind])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise FrameError(f"bad {Kind(kind).name} message: {error}") from error
 
 
@@ -119,5 +119,5 @@ def decode_body(payload: bytes | bytearray) -> dict[str, Any]:
     """The body of a control reply as a dict."""
     try:
         return msgspec.json.decode(payload or b"{}", type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise FrameError(f"bad control reply: {error}") from error

@@ -32,13 +32,16 @@ class Address:
         """`tcp://host:port`, `host:port` or `unix:/path`; InputError otherwise."""
         if text.startswith("unix:"):
             path = text.removeprefix("unix:").removeprefix("//")
+            if path.startswith("//"):
+                path = "/" + path.lstrip("/")
             if not path:
                 raise InputError(f'bad address "{text}": a Unix address needs a path, e.g. unix:/tmp/a.sock')
             return cls("unix", path)
-        host, colon, port = text.removeprefix("tcp://").rpartition(":")
-        if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        host, _, port = text.removeprefix("tcp://").rpartition(":")
+        host = host.strip("[]")
+        if not host or not (port.isascii() and port.isdigit() and len(port) <= 5) or int(port) > 65535:
             raise InputError(f'bad address "{text}": use host:port or unix:/path')
-        return cls("tcp", host.strip("[]"), int(port))
+        return cls("tcp", host, int(port))
 
     def __str__(self) -> str:
         if self.scheme == "unix":
