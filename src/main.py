@@ -34,6 +34,9 @@ def main(
         bool, typer.Option("--dry-run", help="show the cells and their wall time, run nothing")
     ] = False,
     count: Annotated[int | None, typer.Option(min=1, help="profiler rows per window: overrides duration_s")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help='sharing policy, e.g. idle or idle+slo; overrides "sharing"')
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="measure cells again that are complete")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="stop at the first failed cell")] = False,
     out: Annotated[Path | None, typer.Option(help="where run directories go; default result/")] = None,
@@ -57,6 +60,8 @@ def main(
             settings = settings.model_copy(
                 update={"duration_s": dict.fromkeys(configs.ARMS, count * settings.period_s)}
             )
+        if policy is not None:
+            settings = settings.model_copy(update={"sharing": policy})
         cells = configs.pairs(settings)
         require_known(cells)
         if dry_run:

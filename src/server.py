@@ -43,6 +43,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="directory for infer_server/<name>.csv; default: no files")] = None,
     name: Annotated[str | None, typer.Option(help="name of the service; default: the model's")] = None,
     warmup: Annotated[int, typer.Option(min=0, help="examples run after a load")] = 3,
+    announce: Annotated[str | None, typer.Option(help="PAGE:SLOT of a sharing policy's page")] = None,
     parent: Annotated[int | None, typer.Option(help="end when this process ends")] = None,
 ) -> None:
     """Serve one model; SIGTERM or Ctrl-C once drains and saves, Ctrl-C twice kills."""
@@ -72,12 +73,25 @@ def main(
             out=out,
             placement=placement,
         )
-        server = Server(options, lambda load: load_engine(load, placement, threads))
+        server = Server(options, lambda load: load_engine(load, placement, threads), observer=_observer(announce))
         final = server.serve(initial, stop).counts
         where = f"; rows in {out}/infer_server/{options.name}.csv" if out else ""
         print(f"{options.name} stopped: {final.summary()}{where}", flush=True)
         if server.abandoned:
             os._exit(0)
+
+
+def _observer(announce: str | None) -> Any:
+    """The announcer of this service on a sharing policy's page, or None."""
+    if announce is None:
+        return None
+    from corun.share.announce import Announcer
+    from corun.share.page import Page
+
+    page, _, slot = announce.rpartition(":")
+    if not page or not slot.isdigit():
+        raise InputError(f"--announce {announce} is not PAGE:SLOT")
+    return Announcer(Page.open(page), int(slot))
 
 
 def _object(text: str) -> dict[str, Any]:

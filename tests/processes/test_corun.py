@@ -193,6 +193,43 @@ def test_a_failed_pair_is_a_row_and_the_grid_goes_on(
     assert "nowhere" in rows[0]["reason"]
 
 
+def test_a_sharing_policy_is_in_force_and_recorded(
+    start: Start, free_port: Ports, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """idle+preempt: the trainer runs in SCHED_IDLE under a gate, the self-test says so, and no page is left behind."""
+    sharing = {"policy": "idle+preempt"}
+    config = write_config(
+        {"train": [TRAIN], "infer": [FAST], "duration_s": 1.5, "port": free_port(), "sharing": sharing}
+    )
+    program = start("main.py", "--config", config, "--no-report", "--out", tmp_path / "result")
+    assert program.wait() == 0, program.output()
+    run = _run_directory(tmp_path / "result")
+    said = _manifest(run)["sharing"]
+    assert said["policy"] == "idle+preempt"
+    assert "bites" in said["self_test"]
+    assert "mps" in said["refused"]
+    log = (run / "logs" / "trainer-squeezenet1_1_8.log").read_text()
+    assert "corun.share.start" in log
+    assert "--gate" in log
+    page = log.partition('"page": "')[2].partition('"')[0]
+    assert page
+    assert not Path(page).exists()
+    assert {row["arm"] for row in _rows(run / "train.csv")} == {"train", "corun"}
+
+
+def test_a_policy_that_cannot_be_had_is_refused_with_reasons(
+    start: Start, free_port: Ports, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """mig without an NVIDIA driver fails the cell and says why; an unknown policy is bad input."""
+    config = write_config({"train": [TRAIN], "infer": [FAST], "duration_s": 1, "port": free_port()})
+    program = start("main.py", "--config", config, "--no-report", "--policy", "mig", "--out", tmp_path / "result")
+    assert program.wait() == 1
+    assert "cannot be had here" in program.output()
+    program = start("main.py", "--config", config, "--policy", "idel")
+    assert program.wait() == 2
+    assert 'did you mean "idle"?' in program.output()
+
+
 def test_bad_input_ends_at_once_with_every_problem(start: Start, write_config: WriteConfig) -> None:
     """Unknown keys, models and data sets are all listed, with exit code 2 and no traceback."""
     config = write_config(

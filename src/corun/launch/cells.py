@@ -9,6 +9,7 @@ from corun import registry
 from corun.errors import InputError
 from corun.launch.segments import process_of
 from corun.run.config import Pair
+from corun.share.spec import parse as parse_sharing
 
 
 def require_known(cells: Sequence[Pair]) -> None:
@@ -36,6 +37,10 @@ def _problems(cell: Pair) -> Iterator[str]:
         yield from _problem(where, registry.resolve_data, data)
     for service in cell.services:
         yield from _problem("infer", process_of, service)
+    try:
+        parse_sharing(cell.config.sharing)
+    except InputError as error:
+        yield "; ".join([error.what, *error.problems])
 
 
 def _problem(where: str, find: Callable[[Any], object], name: Any) -> Iterator[str]:

@@ -95,6 +95,11 @@ def client(
     ], thread_environment(1)
 
 
+def resolved_device(name: str) -> str:
+    """`auto` as the children will resolve it, without importing torch here: CUDA where the driver answers."""
+    return ("cuda" if Path("/dev/nvidiactl").exists() else "cpu") if name == "auto" else name
+
+
 def trainer_threads(pair: Pair) -> int:
     """The trainer's threads: as configured, else the cores the services leave, at least one."""
     if pair.train and pair.train.threads:

@@ -23,6 +23,7 @@ from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import CorunError, PeerClosed, RunFault, WireError
 from corun.launch import commands
 from corun.launch.children import Child, Family
+from corun.launch.commands import resolved_device
 from corun.launch.control import ControlSocket, wait_for_server
 from corun.launch.live import NEVER_NS, Live
 from corun.launch.segments import Segment, make_schedule, plan
@@ -31,6 +32,8 @@ from corun.process import StopSignal
 from corun.run.config import Pair
 from corun.run.directory import RunDirectory, Status
 from corun.run.table import EventLog
+from corun.share.policy import Cast, Member
+from corun.share.sharing import Sharing
 from corun.wire.channel import Channel
 from corun.wire.messages import Arm, Drain, Message, Start, Stop
 from corun.wire.sockets import Address, connect
@@ -103,15 +106,17 @@ class _Experiment:
         self._run.update(
             schedule_sha256=planned.schedule.sha256,
             threads=self._threads(),
-            sharing={"policy": "none"},
             slo=self._pair.promises,
         )
-        with ControlSocket() as control, Family(self._run.path) as family:
-            self._start(family, control)
+        with self._prepare() as sharing, ControlSocket() as control, Family(self._run.path) as family:
+            self._start(family, control, sharing)
+            self._settle(family, sharing)
             for segment in segments:
                 if self._stop.requested or self.record.faults:
                     break
+                sharing.enter(segment.arm)
                 self._measure(segment, planned.rows, family)
+            self._run.update(sharing=sharing.describe())
             self._finish(family)
         if self._stop.requested:
             return Outcome("interrupted", ("interrupted by the user", *self.record.faults))
@@ -125,12 +130,23 @@ class _Experiment:
 
     # Starting
 
-    def _start(self, family: Family, control: ControlSocket) -> None:
+    def _prepare(self) -> Sharing:
+        """The sharing policy of this cell; InputError with its reasons when it cannot be had here."""
+        pair = self._pair
+        services = tuple(
+            Member("server", service.label, service.threads, index) for index, service in enumerate(pair.services)
+        )
+        trainer = Member("trainer", pair.train_label, commands.trainer_threads(pair)) if pair.train else None
+        devices = {service.device for service in pair.services} | ({pair.train.device} if pair.train else set())
+        cast = Cast(services, trainer, frozenset(resolved_device(device) for device in devices))
+        return Sharing.prepare(pair.config.sharing, cast)
+
+    def _start(self, family: Family, control: ControlSocket, sharing: Sharing) -> None:
         pair, out, timeout_s = self._pair, self._run.path, self._pair.config.start_timeout_s
         self._say(f"starting {pair.label}")
         reporting = [self._profiler(family, control)]
         if pair.beside is None:
-            reporting += self._start_hosts(family, control)
+            reporting += self._start_hosts(family, control, sharing)
         schedule = self._run.file("schedule.npy")
         for stream, (service, address) in enumerate(zip(pair.services, self._addresses(), strict=True)):
             argv, environment = commands.client(service, address, stream, schedule, pair, out, control.address)
@@ -145,21 +161,39 @@ class _Experiment:
             ]
         )
 
-    def _start_hosts(self, family: Family, control: ControlSocket) -> list[Child]:
+    def _start_hosts(self, family: Family, control: ControlSocket, sharing: Sharing) -> list[Child]:
         """Servers and trainer, side by side; returns once the servers answer, with the trainer to wait for."""
         pair, out = self._pair, self._run.path
-        servers = [
-            (family.start("server", service.label, *commands.server(service, address, out, os.getpid())), address)
-            for service, address in zip(pair.services, self._addresses(), strict=True)
-        ]
+
+        def start(member: Member, command: commands.Command) -> Child:
+            argv, environment = command
+            argv = sharing.command(member, [*argv, *sharing.flags(member)])
+            return family.start(member.role, member.name, argv, {**environment, **sharing.environment(member)})
+
+        servers = []
+        for member, service, address in zip(sharing.cast.services, pair.services, self._addresses(), strict=True):
+            service = service.model_copy(update={"threads": sharing.threads(member)})
+            servers.append((start(member, commands.server(service, address, out, os.getpid())), address))
         reporting = []
-        if pair.train:
-            threads = commands.trainer_threads(pair)
-            argv, environment = commands.trainer(pair.train, threads, pair.config.seed, out, control.address)
-            reporting.append(family.start("trainer", pair.train_label, argv, environment))
+        if pair.train and sharing.cast.trainer:
+            threads = sharing.threads(sharing.cast.trainer)
+            command = commands.trainer(pair.train, threads, pair.config.seed, out, control.address)
+            reporting.append(start(sharing.cast.trainer, command))
         for child, address in servers:
             wait_for_server(child, address, family, pair.config.start_timeout_s)
         return reporting
+
+    def _settle(self, family: Family, sharing: Sharing) -> None:
+        """Apply the policy to the running processes, prove that it bites, and record what is really in force."""
+        pids = {(child.role, child.name): child.popen.pid for child in family.children}
+        members = [member for member in sharing.cast.members if (member.role, member.name) in pids]
+        for note in sharing.started({member: pids[member.role, member.name] for member in members}):
+            self._say(f"sharing {sharing.name}: {note}")
+            self._events.write("policy", "launcher", sharing.name, note)
+        shares = sharing.self_test()
+        if shares:
+            self._events.write("policy", "launcher", sharing.name, shares.sentence())
+        self._run.update(sharing=sharing.describe())
 
     def _profiler(self, family: Family, control: ControlSocket) -> Child:
         argv, environment = commands.profiler(

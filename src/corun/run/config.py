@@ -145,6 +145,9 @@ class Config(_Model):
     duration_s: Durations = Field({}, description="seconds of a window: one number, or one per arm; default 10")
     repeat: Positive = 1
     seed: Annotated[int, Field(ge=0)] = 0
+    sharing: str | dict[str, Any] = Field(
+        "none", description='how trainer and services share the hardware, e.g. "idle" or {"policy": "idle+slo", ...}'
+    )
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 54100
     period_s: Annotated[float, Field(gt=0)] = 1.0

@@ -64,6 +64,14 @@ class StopRequest(Protocol):
     def fileno(self) -> int: ...
 
 
+class Observer(Protocol):
+    """Who is told of every request's arrival and answer (corun.share.announce.Announcer)."""
+
+    def on_request(self) -> None: ...
+
+    def on_reply(self, latency_ns: int | None = None) -> None: ...
+
+
 def _print(line: str) -> None:
     print(line, flush=True)
 
@@ -77,7 +85,11 @@ class Server:
     """
 
     def __init__(
-        self, options: ServerOptions, load: Callable[[Load], Engine], say: Callable[[str], None] = _print
+        self,
+        options: ServerOptions,
+        load: Callable[[Load], Engine],
+        say: Callable[[str], None] = _print,
+        observer: Observer | None = None,
     ) -> None:
         self.options = options
         self.say = say
@@ -100,7 +112,8 @@ class Server:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._connections: dict[int, Connection] = {}
         self._accepting = True
-        self._record = _forget if self._rows is None else self._rows.add
+        self._observer = observer
+        self._record = self._recorder()
         self.worker = Worker(self.queue, self._record, self.fault, self.wake)
         self.control = Control(self, load)
 
@@ -239,12 +252,27 @@ class Server:
         if not requests:
             return
         requests[0].segment.received += len(requests)
+        if self._observer:
+            for _ in requests:
+                self._observer.on_request()
         if self.control.pending:
             self.refuse(requests, Status.DRAINING)
         elif self.worker.engine is None:
             self.refuse(requests, Status.NOT_LOADED)
         elif rejected := self.queue.offer(requests):
             self.refuse(rejected, Status.REJECTED)
+
+    def _recorder(self) -> Callable[[Request], None]:
+        """Where an answered request goes: its row, and whoever watches the queue."""
+        keep, observer = _forget if self._rows is None else self._rows.add, self._observer
+        if observer is None:
+            return keep
+
+        def record(request: Request) -> None:
+            observer.on_reply(now_ns() - request.t_first)
+            keep(request)
+
+        return record
 
     def refuse(self, requests: Sequence[Request], status: Status) -> None:
         """Answer without running the model, counted and recorded like every other answer."""
