@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.processes.browser import Browser, browser, missing
+from tests.processes.tools import Program
 from typer.testing import CliRunner
 
+from corun.launch.demo import DEMO
 from corun.testing.runs import FakeRun, FakeService, write_run
 
 TIMES = {"alone": 5.0, "train": 3.0, "corun": 5.0}
@@ -88,6 +91,29 @@ def test_nothing_loaded_and_nothing_complained(opened: Browser, run: Path) -> No
     assert opened.console() == []
     names = opened.script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in names if not name.startswith("data:")] == []
+
+
+@needs_browser
+def test_the_page_of_the_demo(
+    start: Callable[..., Program],
+    free_port: Callable[..., int],
+    write_config: Callable[[dict[str, Any]], Path],
+    opened: Browser,
+    tmp_path: Path,
+) -> None:
+    """The demo's services and training job, measured for a moment: timeline, table and a silent console."""
+    config = write_config({**DEMO, "duration_s": 2, "port": free_port(2)})
+    program = start("main.py", "--config", config, "--out", tmp_path / "result")
+    assert program.wait() == 0, program.output()
+    (page,) = (tmp_path / "result").glob("*/report.html")
+    assert f"report: {page}" in program.output()
+    opened.console()
+    opened.open(page)
+    assert opened.console() == []
+    assert opened.script("return document.querySelector('#timeline img').naturalWidth") > 0
+    cells = opened.script("return [...document.querySelectorAll('table td, table th')].map(c => c.textContent)")
+    for text in ("mobilenet_v3_small", "shufflenet_v2_x1_0", "resnet18_32", "corun / alone"):
+        assert text in cells
 
 
 def test_front_door_exports(run: Path) -> None:

@@ -10,7 +10,9 @@ Only the launcher imports this module: pydantic costs 60 ms and 10 MB in every p
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +35,7 @@ def _no_arch(value: Any) -> Any:
 
 Arch = Annotated[str, BeforeValidator(_no_arch)]
 Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
 Bound = Annotated[float, Field(gt=0)]
 
@@ -141,6 +144,10 @@ class Config(_Model):
 
     train: tuple[Train, ...] = (Train(arch=NONE),)
     infer: tuple[Group, ...] = ((Service(arch=NONE),),)
+    comb: tuple[Positive, ...] = Field(
+        (), description="serve every combination of so many of the services named in infer"
+    )
+    rates: tuple[Rate, ...] = Field((), description="measure every set of services at each of these rates")
     arms: tuple[Arm, ...] = ARMS
     duration_s: Durations = Field({}, description="seconds of a window: one number, or one per arm; default 10")
     repeat: Positive = 1
@@ -213,7 +220,9 @@ class Pair(_Model):
 
     def resolved(self) -> dict[str, Any]:
         """Everything that determines the measurement, as plain JSON values; promises judge it, they do not change it."""
-        rest = self.config.model_dump(mode="json", exclude={"train", "infer", "arms", "slo", "calibrate"})
+        rest = self.config.model_dump(
+            mode="json", exclude={"train", "infer", "comb", "rates", "arms", "slo", "calibrate"}
+        )
         return {
             "train": self.train.model_dump(mode="json") if self.train else None,
             "services": [service.model_dump(mode="json", exclude={"slo"}) for service in self.services],
@@ -256,7 +265,7 @@ def parse(value: Any, where: str = "config") -> Config:
 def pairs(config: Config) -> list[Pair]:
     """Every (train, infer) cell with the arms that make sense for it, infer lists in the outer loop."""
     cells = []
-    for entry in config.infer:
+    for entry in _sets(config):
         services = _named(tuple(service for service in entry if service.arch != NONE))
         for job in config.train:
             train = None if job.arch == NONE else job
@@ -265,6 +274,17 @@ def pairs(config: Config) -> list[Pair]:
             if arms:
                 cells.append(Pair(train=train, services=services, arms=arms, config=config))
     return cells
+
+
+def _sets(config: Config) -> Iterator[tuple[Service, ...]]:
+    """The sets of services to measure: as listed, or every combination of them, each at every rate."""
+    groups: list[tuple[Service, ...]] = list(config.infer)
+    if config.comb:
+        each = [service for group in config.infer for service in group if service.arch != NONE]
+        groups = [chosen for size in config.comb for chosen in itertools.combinations(each, size)]
+    for group in groups:
+        for rate in config.rates or (None,):
+            yield group if rate is None else tuple(service.model_copy(update={"rate": rate}) for service in group)
 
 
 def _named(services: tuple[Service, ...]) -> tuple[Service, ...]:

@@ -63,6 +63,16 @@ def test_every_pair_is_a_cell_with_the_arms_that_fit() -> None:
     ]
 
 
+def test_combinations_and_rates_multiply() -> None:
+    """3 services choose 2, 2 rates and 2 jobs make 12 cells, each its own."""
+    value = {"train": [{"arch": "a"}, {"arch": "b"}], "infer": [{"arch": "x"}, [{"arch": "y"}, {"arch": "z"}]]}
+    cells = config.pairs(config.parse({**value, "comb": [2], "rates": [5, 10]}))
+    assert len({cell.digest() for cell in cells}) == 12
+    assert {(tuple(service.arch for service in cell.services), cell.services[0].rate) for cell in cells} == {
+        (pair, rate) for pair in (("x", "y"), ("x", "z"), ("y", "z")) for rate in (5, 10)
+    }
+
+
 def test_services_of_one_model_get_distinct_names() -> None:
     """Two services of one model would write one file."""
     (cell,) = config.pairs(config.parse({"infer": [[{"arch": "x"}, {"arch": "x"}]]}))
