@@ -18,6 +18,7 @@ from corun.serve.queue import Request
 from corun.wire import Status
 
 SLICE = 32
+CHUNK = 64 << 10
 _STATUS_NAMES = {int(status): status.name for status in Status}
 _QUOTED = frozenset(',"\r\n')
 
@@ -119,12 +120,12 @@ def _cell(text: str) -> str:
 
 def _end_whole(fd: int) -> None:
     """Cut off what follows the last newline, so that new rows begin on a line of their own."""
-    size = os.fstat(fd).st_size
-    while size:
-        start = max(0, size - 65536)
-        newline = os.pread(fd, size - start, start).rfind(b"\n")
+    whole = size = os.fstat(fd).st_size
+    while whole:
+        start = max(0, whole - CHUNK)
+        newline = os.pread(fd, whole - start, start).rfind(b"\n")
+        whole = start + newline + 1 if newline >= 0 else start
         if newline >= 0:
-            os.ftruncate(fd, start + newline + 1)
-            return
-        size = start
-    os.ftruncate(fd, 0)
+            break
+    if whole < size:
+        os.ftruncate(fd, whole)
