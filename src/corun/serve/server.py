@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from corun.clock import NS_PER_S, anchor, now_ns
-from corun.errors import FrameError, PeerClosed, RunFault
+from corun.errors import FrameError, InputError, PeerClosed, RunFault
 from corun.run.table import EventLog
 from corun.serve.batcher import Batcher
 from corun.serve.connection import Connection
@@ -104,8 +104,7 @@ class Server:
         self.bad_frames = 0
         self.abandoned = False
         self._made_ns = now_ns()
-        self._events = EventLog(options.out / "events.csv") if options.out else None
-        self._rows = RowLog(options.out / "infer_server", options.name, anchor()) if options.out else None
+        self._events, self._rows = self._open_files()
         self._row_fault: RunFault | None = None
         self._rows_since_ns = 0
         self._epoll = select.epoll()
@@ -116,6 +115,16 @@ class Server:
         self._record = self._recorder()
         self.worker = Worker(self.queue, self._record, self.fault, self.wake)
         self.control = Control(self, load)
+
+    def _open_files(self) -> tuple[EventLog | None, RowLog | None]:
+        out = self.options.out
+        if out is None:
+            return None, None
+        try:
+            return EventLog(out / "events.csv"), RowLog(out / "infer_server", self.options.name, anchor())
+        except (OSError, RunFault) as error:
+            self._listener.close()
+            raise InputError(f"--out {out} cannot be written: {error}") from error
 
     # The loop
 
