@@ -11,7 +11,7 @@ import pytest
 
 from corun.clock import NS_PER_S, Anchor
 from corun.load.ring import Context, Metadata, RingWriter
-from corun.report.recover import QUIET_S, recover
+from corun.report.recover import recover
 from corun.run.read import read
 from corun.run.table import EventLog
 from corun.testing.runs import T0_NS, FakeRun, write_run
