@@ -173,7 +173,7 @@ class Control:
                 body, status = work(), Status.OK
             except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; the caller gets the reason
                 name = Kind(caller.header.kind).name
-                text = str(error) or type(error).__name__
+                text = str(error).encode("utf-8", "replace").decode() or type(error).__name__
                 body, status = {"error": text}, Status.FAILED
                 self._server.fault(f"{name} failed: {text}")
             reply(caller, status, body)

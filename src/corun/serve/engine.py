@@ -117,6 +117,9 @@ class ServableEngine:
         replies = servable.postprocess(output, len(requests))
         if len(replies) != len(requests):
             raise RunFault(f"{servable.info.model} gave {len(replies)} replies to {len(requests)} requests")
+        for reply in replies:
+            if not isinstance(reply, bytes | bytearray):
+                raise RunFault(f"{servable.info.model} gave a reply of type {type(reply).__name__} instead of bytes")
         if max(map(len, replies)) > MAX_PAYLOAD:
             raise RunFault(f"{servable.info.model} gave a reply of more than {MAX_PAYLOAD} bytes")
         return replies
@@ -177,8 +180,8 @@ class CudaStages:
 
 
 def _reason(error: BaseException, named: bool = True) -> str:
-    """One line about an exception, short enough for a reply."""
-    text = " ".join(str(error).split())
+    """One line about an exception, short enough for a reply and always valid UTF-8."""
+    text = " ".join(str(error).encode("utf-8", "replace").decode().split())
     if named or not text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text[:REASON_LENGTH]
