@@ -10,6 +10,7 @@ checkpoint   weights (weights_only) and a JSON card beside them
 predictor    RequestPredictor: all of it behind five methods
 forecast     LoadForecaster: the upper quantile of the coming load, for a sharing policy; no torch, no pandas
 sharing      duty from load, and a virtual-time model of one service beside a throttled trainer
+synthetic    made requests whose predictability is known
 
 Names are imported on first use, so that a process that only needs `forecast` loads neither torch nor pandas.
 """
@@ -21,15 +22,16 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from corun.predict.data import Requests, from_frame, read
-    from corun.predict.forecast import LoadForecaster
+    from corun.predict.forecast import LoadForecaster, LoadStream
     from corun.predict.predictor import RequestPredictor
     from corun.predict.sharing import DutyRule
 
-__all__ = ["DutyRule", "LoadForecaster", "RequestPredictor", "Requests", "from_frame", "read"]
+__all__ = ["DutyRule", "LoadForecaster", "LoadStream", "RequestPredictor", "Requests", "from_frame", "read"]
 
 _HOMES: Final = {
     "DutyRule": "sharing",
     "LoadForecaster": "forecast",
+    "LoadStream": "forecast",
     "RequestPredictor": "predictor",
     "Requests": "data",
     "from_frame": "data",

@@ -15,6 +15,7 @@ state, nothing later than `now` is looked at, and client arrivals are never touc
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +25,7 @@ from scipy.optimize import linprog
 
 from corun.errors import InputError
 
-__all__ = ["EwmaForecaster", "LoadForecaster"]
+__all__ = ["EwmaForecaster", "LoadForecaster", "LoadStream"]
 
 Floats = NDArray[np.float64]
 
@@ -80,7 +81,10 @@ class LoadForecaster:
 
         arrivals_s: (n,) ascending instants on the clock of `now_s`; later ones are ignored.
         """
-        features = _features(np.asarray(arrivals_s, dtype=np.float64), now_s, self.window_s)
+        return self.from_features(_features(np.asarray(arrivals_s, dtype=np.float64), now_s, self.window_s))
+
+    def from_features(self, features: Floats) -> tuple[float, ...]:
+        """The same from the (6,) features of the module's formula."""
         roots = np.array(self.weights) @ features + np.array(self.shifts)
         return tuple(float(root) ** 2 / self.window_s for root in np.maximum(roots, 0.0))
 
@@ -97,10 +101,33 @@ class EwmaForecaster:
         """The smoothed rate in requests/s, from the arrivals before `now_s`; 0 when there are none."""
         arrivals = np.asarray(arrivals_s, dtype=np.float64)
         memory = math.ceil(math.log(0.001) / math.log(1 - self.alpha)) if self.alpha < 1 else 1
-        starts = now_s - self.window_s * np.arange(memory, 0, -1)
+        starts = now_s - self.window_s * np.arange(memory, 0.0, -1)
         weights = self.alpha * (1 - self.alpha) ** np.arange(memory - 1, -1, -1)
         rate = float(weights @ _counts(arrivals, starts, self.window_s)) / float(weights.sum()) / self.window_s
         return (rate,) * self.horizon
+
+
+class LoadStream:
+    """A LoadForecaster fed with one rate per window instead of arrivals, for controllers that only count.
+
+    The arrivals of a window are taken as evenly spread in it; nothing finer is known.
+    """
+
+    def __init__(self, forecaster: LoadForecaster) -> None:
+        self._forecaster = forecaster
+        self._counts: deque[float] = deque(maxlen=LAGS)
+
+    def observe(self, rate: float) -> None:
+        """The arrival rate of the window that just ended, in requests/s."""
+        self._counts.append(rate * self._forecaster.window_s)
+
+    def forecast(self, windows: int = 1) -> float | None:
+        """The quantile of the rate `windows` ahead (the farthest one fitted, beyond it); None before any window."""
+        if not self._counts:
+            return None
+        newest_first = np.array([*reversed(self._counts)] + [0.0] * (LAGS - len(self._counts)))
+        rates = self._forecaster.from_features(_of_counts(newest_first, newest_first[0]))
+        return rates[min(windows, len(rates)) - 1]
 
 
 def _check(window_s: float, quantile: float, horizon: int) -> None:
@@ -131,9 +158,14 @@ def _counts(arrivals: Floats, starts: Floats, width: float) -> Floats:
 
 def _features(arrivals: Floats, now_s: float, window_s: float) -> Floats:
     """(6,) what the module's formula calls 1, c1, c1..c3, c1..c12, max, last quarter: all before `now_s`."""
-    counts = _counts(arrivals, now_s - window_s * np.arange(1, LAGS + 1), window_s)
+    counts = _counts(arrivals, now_s - window_s * np.arange(1.0, LAGS + 1), window_s)
     quarter = _counts(arrivals, np.array([now_s - window_s / PARTS]), window_s / PARTS)[0]
-    levels = (counts[0], counts[:3].mean(), counts.mean(), counts.max(), PARTS * quarter)
+    return _of_counts(counts, PARTS * quarter)
+
+
+def _of_counts(counts: Floats, latest: float) -> Floats:
+    """(6,) features of the counts (12,) of the last windows, newest first, and of the last quarter times four."""
+    levels = (counts[0], counts[:3].mean(), counts.mean(), counts.max(), latest)
     return np.concatenate([[1.0], np.sqrt(levels)])
 
 

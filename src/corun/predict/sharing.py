@@ -4,7 +4,7 @@ The share follows from the load forecast for the next window (rate x mean servic
 
     share = clip((1 - headroom - u) / train_cost, floor, 1)
 
-A lower share applies at once, a higher one only after `dwell` windows in a row allow it, so that the gap inside a
+A negative headroom overbooks: for a forecast of an upper quantile, whose margin is already in it. A lower share applies at once, a higher one only after `dwell` windows in a row allow it, so that the gap inside a
 burst does not start the trainer. After a step of duration dt the trainer sleeps dt (1 / share - 1).
 
 The model has one device, one FIFO service and one trainer. While both have work the service runs at `service_speed`
@@ -43,9 +43,9 @@ class DutyRule:
     dwell: int = 2
 
     def __post_init__(self) -> None:
-        if not (0 <= self.headroom < 1 and self.train_cost > 0 and 0 < self.floor <= 1 and self.dwell >= 1):
+        if not (-1 < self.headroom < 1 and self.train_cost > 0 and 0 < self.floor <= 1 and self.dwell >= 1):
             raise InputError(
-                f"{self}: headroom lies in [0, 1), train_cost is positive, floor lies in (0, 1], dwell is 1 or more"
+                f"{self}: headroom lies between -1 and 1, train_cost is positive, floor lies in (0, 1], dwell is 1 or more"
             )
 
     def share(self, utilisation: float) -> float:
