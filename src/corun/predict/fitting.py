@@ -52,7 +52,7 @@ class Settings:
                 ("seq_len", "2 or more", self.seq_len >= 2),
                 ("epochs", "1 or more", self.epochs >= 1),
                 ("batch_size", "1 or more", self.batch_size >= 1),
-                ("lr", "positive", math.isfinite(self.lr) and self.lr > 0),
+                ("lr", "positive and at most 10", 0 < self.lr <= 10),
                 ("interval", "between 0 and 1", 0 < self.interval < 1),
             )
             if not holds

@@ -17,12 +17,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 
+from corun import arrivals
 from corun.errors import InputError
 
 __all__ = ["EwmaForecaster", "LoadForecaster", "LoadStream"]
@@ -33,6 +35,7 @@ LAGS: Final = 12
 LEAST_ROWS: Final = 40
 PARTS: Final = 4
 FIT_SHARE: Final = 0.75
+DAY_S: Final = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,19 @@ class LoadStream:
         newest_first = np.array([*reversed(self._counts)] + [0.0] * (LAGS - len(self._counts)))
         rates = self._forecaster.from_features(_of_counts(newest_first, newest_first[0]))
         return rates[min(windows, len(rates)) - 1]
+
+
+def from_history(window_s: float, history: str) -> LoadStream:
+    """A stream that learned from the arrivals of a past trace, any that `corun.arrivals.read` knows.
+
+    This is what `"sharing": {"policy": "predictive", "forecaster": "corun.predict.forecast:from_history",
+    "history": FILE}` asks for. Raises InputError when the trace is missing or too short for windows of window_s.
+    """
+    if not history:
+        raise InputError('the forecaster learns from a past trace: give its file as "history"')
+    trace = arrivals.read(Path(history))
+    stamps = trace.offsets_s if isinstance(trace, arrivals.Trace) else trace.draw(np.random.default_rng(0), DAY_S)
+    return LoadStream(LoadForecaster.fit(stamps, window_s))
 
 
 def _check(window_s: float, quantile: float, horizon: int) -> None:

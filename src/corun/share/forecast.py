@@ -1,7 +1,8 @@
 """Forecasts of the coming load, and what they leave for training.
 
 A feedback controller reacts after a window of bad replies; a forecast brakes before them. Any object with `observe`
-and `forecast` will do: the LSTM and DLinear predictors of `corun.predict` fit here as well as the smoothing below.
+and `forecast` will do: the LSTM and DLinear predictors of `corun.predict` fit here as well as the
+smoothing below: `"forecaster": "corun.predict.forecast:from_history", "history": "past_trace.csv"`.
 
     Holt 1957:  level' = a * x + (1 - a) * (level + trend),  trend' = b * (level' - level) + (1 - b) * trend
     forecast(h) = level + h * trend
@@ -9,6 +10,7 @@ and `forecast` will do: the LSTM and DLinear predictors of `corun.predict` fit h
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -70,8 +72,19 @@ class Headroom:
         return max(self.floor, min(1.0, share))
 
 
-def make_forecaster(name: str) -> Forecaster:
-    """The forecaster called `name`; InputError for an unknown one."""
+def make_forecaster(name: str, window_s: float = 1.0, history: str = "") -> Forecaster:
+    """The forecaster called `name`, or made by `MODULE:FUNCTION` from (window_s, history).
+
+    Raises InputError for an unknown name, a module that is not there, or a history it cannot learn from.
+    """
     if name == "ewma":
         return Ewma()
-    raise InputError(f'forecaster "{name}" is unknown: use {", ".join(FORECASTERS)}')
+    module, _, function = name.partition(":")
+    if not function:
+        raise InputError(f'forecaster "{name}" is unknown: use {", ".join(FORECASTERS)} or MODULE:FUNCTION')
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f'forecaster "{name}" cannot be loaded: {error}') from error
+    made: Forecaster = make(window_s, history)
+    return made

@@ -33,7 +33,7 @@ class GateOptions:
 
     page: path of the shared page. mode: bits of brakes.Mode to start with. slo_ms, window_s: slo and slack.
     margin, controller, floor: the slo policy. micro_max: finest split of a step that may be asked for.
-    forecaster, forecast_s, low, high: the predictive policy. max_wait_ms: see Brakes. stale_ms: see Page.
+    forecaster, history, forecast_s, low, high: the predictive policy. max_wait_ms: see Brakes. stale_ms: see Page.
     """
 
     page: str
@@ -45,6 +45,7 @@ class GateOptions:
     window_s: float = 5.0
     micro_max: int = 1
     forecaster: str = "ewma"
+    history: str = ""
     forecast_s: float = 1.0
     low: float = 0.2
     high: float = 0.7
@@ -219,6 +220,6 @@ def make_steerings(given: GateOptions) -> dict[Mode, Callable[[], Steering]]:
         made[Mode.SLO] = lambda: SloSteering(controller, given.window_s)
         made[Mode.SLACK] = lambda: SlackSteering(given.slo_ms, given.micro_max, given.window_s)
     headroom = Headroom(given.low, given.high, given.floor)
-    make_forecaster(given.forecaster)
-    made[Mode.PREDICTIVE] = lambda: PredictiveSteering(make_forecaster(given.forecaster), headroom, given.forecast_s)
+    forecaster = make_forecaster(given.forecaster, given.forecast_s, given.history)
+    made[Mode.PREDICTIVE] = lambda: PredictiveSteering(forecaster, headroom, given.forecast_s)
     return made

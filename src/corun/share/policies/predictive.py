@@ -15,11 +15,13 @@ from corun.share.policy import Kind, Policy, Rule
 class Predictive(Policy):
     """low, high: forecast utilisation at which training begins to yield, and is down to the floor.
 
-    forecaster: ewma, or any other that `corun.share.forecast` knows. forecast_s: length of a forecast window.
+    forecaster: ewma, or MODULE:FUNCTION, e.g. corun.predict.forecast:from_history, which learns the upper quantile
+    of the load from the past trace `history`. forecast_s: length of a forecast window.
     micro_max: finest split of a step before the duty is lowered.
     """
 
     forecaster: str = "ewma"
+    history: str = ""
     forecast_s: float = 1.0
     low: float = 0.2
     high: float = 0.7
@@ -33,8 +35,8 @@ class Predictive(Policy):
 
     def __post_init__(self) -> None:
         Headroom(self.low, self.high, self.floor)
-        make_forecaster(self.forecaster)
+        make_forecaster(self.forecaster, self.forecast_s, self.history)
 
     def rule(self) -> Rule | None:
-        names = ("forecaster", "forecast_s", "low", "high", "floor", "micro_max")
+        names = ("forecaster", "history", "forecast_s", "low", "high", "floor", "micro_max")
         return Rule(mode=Mode.PREDICTIVE, options={name: getattr(self, name) for name in names})
