@@ -30,6 +30,9 @@ check: lint test
 bench: install
 	$(RUN) -m bench.wire
 	$(RUN) -m bench.slip
+	$(RUN) -m bench.overhead
+	$(RUN) -m bench.models --quick
+	$(RUN) -m bench.sharing --quick
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
