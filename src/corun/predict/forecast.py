@@ -76,7 +76,7 @@ class LoadForecaster:
             left = roots[cut:] - features[cut:] @ row
             rank = min(math.ceil(quantile * (left.size + 1)), left.size)
             weights.append(tuple(row.tolist()))
-            shifts.append(max(float(np.sort(left)[rank - 1]), 0.0))
+            shifts.append(float(np.sort(left)[rank - 1]))
         return cls(window_s, quantile, tuple(weights), tuple(shifts))
 
     def forecast(self, now_s: float, arrivals_s: ArrayLike) -> tuple[float, ...]:

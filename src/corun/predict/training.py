@@ -6,6 +6,7 @@ A program ends with 0 only when every requested model was trained, saved and rel
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def run(job: Job, console: Console | None = None) -> Outcome:
         lr=job.lr,
         seed=job.seed,
     )
+    _check_writable(predictor.model_dir)
     requests = data.read(data.find(job.data_path), job.sample_size, job.from_end)
     _introduce(console, requests, predictor)
     with _one_thread(), _progress(console, predictor) as on_epoch:
@@ -115,6 +117,13 @@ def run(job: Job, console: Console | None = None) -> Outcome:
         _tell(console, level, outcome)
     _finish(console, job, paths, pictures, levels)
     return Outcome(tuple(paths), tuple(pictures), levels)
+
+
+def _check_writable(directory: Path) -> None:
+    """Minutes of training are not spent on a directory that cannot take the result."""
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{directory} cannot be written; give another --model-dir")
 
 
 def _introduce(console: Console, requests: data.Requests, predictor: RequestPredictor) -> None:
