@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from corun.errors import InputError, guard
+from corun.errors import InputError, RunFault, guard
 from corun.process import StopSignal, available_cores, die_with_parent, set_threads
 from corun.registry import PRECISIONS
 from corun.train.options import OPTIMIZERS, TrainOptions
+
+if TYPE_CHECKING:
+    from corun.train.micro import Gate
+    from corun.train.trainer import Trainer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -125,7 +129,6 @@ def run(
     """Build the job, then train under the launcher at `control` or alone."""
     from corun.train.micro import OpenGate, load_gate
     from corun.train.session import Session, StepLog
-    from corun.train.trainer import Trainer
     from corun.wire.channel import Channel
     from corun.wire.sockets import Address, connect
 
@@ -133,8 +136,7 @@ def run(
     with StopSignal() as stop:
         gate = load_gate(gate_spec, gate_options or {}) if gate_spec else OpenGate()
         gate.attend = lambda: stop.requested
-        trainer = Trainer(options, gate)
-        trainer.warm_up()
+        trainer = _build(options, gate)
         log.event("ready", f"pid {os.getpid()}, {options.model} on {options.device}")
         if control:
             Session(trainer, Channel(connect(Address.parse(control))), log, stop).run()
@@ -142,6 +144,22 @@ def run(
             _alone(trainer, log, stop, steps)
         gate.close()
     log.close()
+
+
+def _build(options: TrainOptions, gate: Gate) -> Trainer:
+    """The job, warmed up; RunFault when it does not even fit into memory."""
+    from corun.train.micro import out_of_memory
+    from corun.train.trainer import Trainer
+
+    try:
+        trainer = Trainer(options, gate)
+        trainer.warm_up()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise RunFault(f"{options.model} does not fit into the memory of this process: {reason}") from error
+    return trainer
 
 
 def _alone(trainer: object, log: object, stop: StopSignal, steps: int) -> None:

@@ -14,6 +14,8 @@ requests; the trainer knows only the protocol.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -217,8 +219,25 @@ class RunAhead:
             self._events.popleft().synchronize()
 
 
+_CPU_SENTENCES = (
+    "can't allocate memory",  # torch's allocator
+    "could not create a primitive",  # oneDNN, whose reason is kept to itself
+    "could not create a memory",
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that a smaller micro-batch might fit."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(sentence in str(error) for sentence in _CPU_SENTENCES)
+
+
+def give_memory_back() -> None:
+    """Return what a failed attempt had allocated, so that a smaller one finds it."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)

@@ -25,6 +25,7 @@ from corun.train.micro import (
     RunAhead,
     freeze_statistics,
     gate_layers,
+    give_memory_back,
     out_of_memory,
     part_sizes,
     split,
@@ -152,7 +153,7 @@ class Trainer:
         batch, decode_ns = self.batches.next()
         t_data = now_ns()
         value, parts = self._accumulate(_to(batch, self.options.device))
-        self._optimizer.step()
+        self._update()
         if self.options.device != "cpu":
             torch.cuda.current_stream().synchronize()
         self.steps_done += 1
@@ -190,8 +191,21 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                error.__traceback__ = None
             self._after_out_of_memory(len(sizes), reason)
+
+    def _update(self) -> None:
+        """The optimiser's step; it cannot be made again, so running out of memory in it is the end."""
+        try:
+            self._optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            name = self.options.optimizer
+            raise RunFault(
+                f"the state of {name} for {self.options.model} does not fit into memory: {error}"
+            ) from error
 
     def _backward(self, batch: Any, sizes: list[int]) -> float:
         cut = getattr(self.trainable, "split", split)
@@ -212,8 +226,7 @@ class Trainer:
     def _after_out_of_memory(self, parts: int, reason: str) -> None:
         """Ask for twice as many parts from now on; RunFault when they cannot get smaller."""
         self._optimizer.zero_grad(set_to_none=True)
-        if self.options.device != "cpu":
-            torch.cuda.empty_cache()
+        give_memory_back()
         if len(part_sizes(self.options.batch_size, 2 * parts, self.trainable.min_batch)) == parts:
             raise RunFault(
                 f"{self.options.model} does not fit into memory even in {parts} micro-batches: {reason}; "

@@ -481,6 +481,8 @@ def test_memory_caps_are_flags_on_a_gpu_and_limits_on_a_cpu(host: FakeHost) -> N
     with Sharing.prepare({"policy": "memory_cap", "memory_mib": 700}, CPU, host) as sharing:
         assert sharing.flags(TRAINER) == []
         assert sharing.setup(TRAINER) == Setup(data_limit_mib=700)
+        assert "MALLOC_MMAP_THRESHOLD_" in sharing.environment(TRAINER)
+        assert sharing.environment(SERVICE) == {}
         assert sharing.setup(SERVICE) == Setup()
     with pytest.raises(InputError, match="memory_mib must say"):
         Sharing.prepare("memory_cap", CPU, host)

@@ -243,6 +243,7 @@ def test_warming_up_asks_no_gate() -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), 4),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 4),
+        (RuntimeError("could not create a primitive"), 4),
         (MemoryError(), 4),
     ],
 )
@@ -279,6 +280,18 @@ def test_memory_that_never_suffices_is_a_fault(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Network, "losses", staticmethod(other))
     with pytest.raises(RuntimeError, match="shapes differ"):
         Trainer(OPTIONS).step()
+
+
+def test_an_optimiser_that_runs_out_of_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-made update is never made again: the job ends with a sentence."""
+    trainer = Trainer(OPTIONS)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer._optimizer, "step", refuse)
+    with pytest.raises(RunFault, match="the state of sgd for net does not fit"):
+        trainer.step()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

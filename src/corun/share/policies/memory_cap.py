@@ -3,6 +3,9 @@
 On a GPU the limit is a fraction of the device for torch's caching allocator; the CUDA context (0.3 to 0.6 GB) and
 library workspaces are outside it. On a CPU it is RLIMIT_DATA. In both cases the trainer that hits it cuts its
 micro-batches in half and makes the step again.
+
+RLIMIT_DATA counts address space, and glibc keeps what was freed: after one failed attempt nothing smaller would fit
+either. The capped trainer therefore gets its tensors from mmap and gives them back at once, which costs page faults.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from corun.errors import InputError
 from corun.share.host import Host
 from corun.share.policy import Cast, Kind, Member, Policy
 from corun.share.start import Setup
+
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 @dataclass
@@ -45,6 +50,10 @@ class MemoryCap(Policy):
 
     def prepare(self, host: Host, cast: Cast) -> None:
         self._on_gpu = cast.on_gpu
+
+    def environment(self, member: Member) -> dict[str, str]:
+        limited = member.trains and not self._on_gpu and self.memory_mib
+        return dict(GIVE_BACK) if limited else {}
 
     def setup(self, member: Member) -> Setup:
         limited = member.trains and not self._on_gpu and self.memory_mib
