@@ -40,19 +40,25 @@ class Shape:
 
 
 class Lstm(nn.Module):
-    """One LSTM layer; its last state, through one linear layer, gives all outputs."""
+    """One LSTM layer; its last state, through one linear layer, corrects the mean of the input's target channels.
+
+    The mean carries the level: a bounded state cannot follow a load that leaves the range seen in training.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         self.lstm = nn.LSTM(shape.channels, shape.hidden, batch_first=True)
         self.head = nn.Linear(shape.hidden, shape.horizon * shape.targets * shape.quantiles, bias=False)
+        self.level = nn.Parameter(torch.ones(shape.targets))
         self.bias = nn.Parameter(torch.zeros(shape.horizon, shape.targets, shape.quantiles))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, H, T, Q); quantiles may still cross."""
         out = self.head(self.lstm(x)[0][:, -1])
-        return out.view(-1, self.shape.horizon, self.shape.targets, self.shape.quantiles) + self.bias
+        level = self.level * x[:, :, : self.shape.targets].mean(dim=1)
+        out = out.view(-1, self.shape.horizon, self.shape.targets, self.shape.quantiles)
+        return out + level[:, None, :, None] + self.bias
 
 
 class DLinear(nn.Module):
