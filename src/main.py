@@ -61,7 +61,8 @@ def main(
                 update={"duration_s": dict.fromkeys(configs.ARMS, count * settings.period_s)}
             )
         if policy is not None:
-            settings = settings.model_copy(update={"sharing": policy})
+            given = settings.sharing if isinstance(settings.sharing, dict) else {}
+            settings = settings.model_copy(update={"sharing": {**given, "policy": policy}})
         cells = configs.pairs(settings)
         require_known(cells)
         if dry_run:
