@@ -112,7 +112,7 @@ def main(
             "window_settings": str(WINDOW_SETTINGS),
             "sweeps": sweeps,
         }
-        store("predictor", figures, _rounded(details))
+        store("predictor_quick" if quick else "predictor", figures, _rounded(details))
         last_line(figures)
 
 
