@@ -278,7 +278,8 @@ class Server:
             return keep
 
         def record(request: Request) -> None:
-            observer.on_reply(now_ns() - request.t_first)
+            intended_ns = request.header.t_intended if request.connection.local else 0
+            observer.on_reply(now_ns() - (intended_ns or request.t_first))
             keep(request)
 
         return record

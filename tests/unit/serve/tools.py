@@ -85,7 +85,13 @@ def request(payload: bytes = b"x", id: int = 0, t_done: int | None = None, inten
 class Serving:
     """A server in a thread of this process, serving a FakeServable unless told otherwise."""
 
-    def __init__(self, load: Callable[[Load], Any] | None = None, model: str = "fake", **options: Any) -> None:
+    def __init__(
+        self,
+        load: Callable[[Load], Any] | None = None,
+        model: str = "fake",
+        observer: Any = None,
+        **options: Any,
+    ) -> None:
         self.servable = FakeServable()
         self.lines: list[str] = []
         options.setdefault("address", Address("tcp", "127.0.0.1", 0))
@@ -94,6 +100,7 @@ class Serving:
             ServerOptions(name="svc", **options),
             load or (lambda message: ServableEngine(self.servable)),
             self.lines.append,
+            observer,
         )
         self.final: Statistics | None = None
         self.error: BaseException | None = None
