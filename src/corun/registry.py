@@ -44,7 +44,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ServableInfo:
-    """What a built model says about itself (HELLO, manifest, tables)."""
+    """What a built model says about itself (HELLO, manifest, tables).
+
+    version: of published weights (corun.weights), None while it serves those it was loaded with.
+    """
 
     model: str
     task: str
@@ -54,6 +57,7 @@ class ServableInfo:
     precision: str
     device: str
     notes: str = ""
+    version: int | None = None
 
 
 class Servable(Protocol):
@@ -111,10 +115,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Payload:
-    """One request body: a name for the log and the encoded bytes (an image file, as a camera sends it)."""
+    """One request body: a name for the log, the encoded bytes (an image file, as a camera sends it), its true class."""
 
     name: str
     data: bytes
+    label: int | None = None
 
 
 @dataclass(frozen=True)

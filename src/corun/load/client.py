@@ -73,6 +73,8 @@ class Client:
         self.timing = timing
         self._payloads = tuple(payload.data for payload in payloads)
         self._names = tuple(payload.name for payload in payloads)
+        labels = tuple(payload.label for payload in payloads)
+        self._labels = labels if any(label is not None for label in labels) else ()
         self._sock: socket.socket | None = None
         self._segment: _Segment | None = None
         self._next_free_id = 0
@@ -103,6 +105,7 @@ class Client:
         metadata = Metadata(
             context=self._context(arm),
             payloads=self._names,
+            labels=self._labels,
             anchor=anchor(),
             clock=clock,
             timing=self.timing.as_dict(),

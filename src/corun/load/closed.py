@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from corun.clock import NS_PER_MS, now_ns
 from corun.errors import WireError
-from corun.load.ring import RingWriter
+from corun.load.ring import RingWriter, first_class
 from corun.load.timing import Timing, sleep_until_ns
 from corun.load.work import Counts, Progress, Watch, Work, count, undisturbed
 from corun.wire import REQUEST_SIZE, Frame, Kind, ReplyHeader, ReplyReader, Status, pack_request_into
@@ -183,7 +183,15 @@ class ClosedLoop:
         if not outstanding or header.id != self._work.ids[index] or header.stream != self._work.stream:
             self._strays += 1
             return
-        self._ring.rx(index, header.status, header.batch, frame.t_done_ns, header.payload_len, header.stamps)
+        self._ring.rx(
+            index,
+            header.status,
+            header.batch,
+            frame.t_done_ns,
+            header.payload_len,
+            header.stamps,
+            first_class(frame.payload),
+        )
         self._answered += 1
         self._ok += header.status == Status.OK
         self._ready_at = frame.t_done_ns

@@ -3,7 +3,8 @@
     "CORUNRNG" | version u32 | slot size u32 | slots u64 | offset of slot 0 u64 | metadata length u32 | JSON ...
     slot  id u64 | t_intended i64 | stream u32 | payload u32      written when the segment is armed
           t_wake i64 | t_tx_start i64 | t_tx_done i64 | status    written when the request has left
-          status u32 | batch u32 | t_rx i64 | reply_len u64       written when the reply is here
+          status u32 | batch u32 | t_rx i64                       written when the reply is here
+          | reply_len u32 | answer i32
           | 10 x server stamp i64
 
 A slot is written in place by two `pack_into`, 0.4 µs together; the pages belong to the kernel, so a client that
@@ -35,8 +36,10 @@ from corun.run.table import TableWriter
 from corun.wire import STAMPS, Status
 
 MAGIC = b"CORUNRNG"
-VERSION = 1
+VERSION = 2
 UNSENT = 101
+NO_ANSWER = -1
+CLASSES_BYTES = 40
 METADATA_SPARE = 4096
 PAGE = 4096
 CSV_CHUNK = 1000
@@ -53,7 +56,8 @@ SLOT_DTYPE = np.dtype(
         ("status", "<u4"),
         ("batch", "<u4"),
         ("t_rx", "<i8"),
-        ("reply_len", "<u8"),
+        ("reply_len", "<u4"),
+        ("answer", "<i4"),
         ("stamps", "<i8", (len(STAMPS),)),
     ]
 )
@@ -66,7 +70,7 @@ _HEAD_COUNT, _HEAD_COUNT_AT = struct.Struct("<Q"), 16
 _DUE = struct.Struct("<QqII")
 _WAKE = struct.Struct("<q")
 _TX = struct.Struct("<qqqI")
-_RX = struct.Struct("<IIqQ10q")
+_RX = struct.Struct("<IIqIi10q")
 _WAKE_AT, _STATUS_AT = SLOT_DTYPE.fields["t_wake"][1], SLOT_DTYPE.fields["status"][1]  # type: ignore[index]
 
 
@@ -89,7 +93,8 @@ class Context:
 class Metadata:
     """Everything the converter and the validity checks need to know about a segment.
 
-    anchor: the same instant on the monotonic and the wall clock. clock: server clock minus ours, see
+    labels: true classes of the payloads, empty where none has one. anchor: the same instant on the monotonic and the
+    wall clock. clock: server clock minus ours, see
     `clocks.ClockRecord`; empty when both share one clock. timing, counts, server: as the client found them.
     """
 
@@ -100,6 +105,7 @@ class Metadata:
     timing: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[int | None, ...] = ()
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), separators=(",", ":")).encode()
@@ -110,7 +116,8 @@ class Metadata:
         body = json.loads(text)
         context = Context(**body.pop("context"))
         anchor = Anchor(**body.pop("anchor"))
-        return cls(context=context, anchor=anchor, payloads=tuple(body.pop("payloads")), **body)
+        payloads, labels = tuple(body.pop("payloads")), tuple(body.pop("labels"))
+        return cls(context=context, anchor=anchor, payloads=payloads, labels=labels, **body)
 
 
 class RingWriter:
@@ -164,7 +171,16 @@ class RingWriter:
             self.buffer, self.offset + index * SLOT_SIZE + _WAKE_AT, wake_ns, start_ns, done_ns, Status.LOST
         )
 
-    def rx(self, index: int, status: int, batch: int, t_rx_ns: int, reply_len: int, stamps: Sequence[int]) -> None:
+    def rx(
+        self,
+        index: int,
+        status: int,
+        batch: int,
+        t_rx_ns: int,
+        reply_len: int,
+        stamps: Sequence[int],
+        answer: int = NO_ANSWER,
+    ) -> None:
         """The reply is here."""
         _RX.pack_into(
             self.buffer,
@@ -173,6 +189,7 @@ class RingWriter:
             batch,
             t_rx_ns,
             reply_len,
+            answer,
             *stamps,
         )
 
@@ -284,6 +301,11 @@ def ring_to_csv(ring: Path | str, csv: Path | str, context: Context | None = Non
     return written
 
 
+def first_class(reply: bytes | bytearray | memoryview) -> int:
+    """The first class of a classifier's reply (five pairs of int32 class and float32 probability), else NO_ANSWER."""
+    return int.from_bytes(reply[:4], "little", signed=True) if len(reply) == CLASSES_BYTES else NO_ANSWER
+
+
 class _Slot(NamedTuple):
     """One slot as plain integers, in the order of SLOT_DTYPE."""
 
@@ -298,6 +320,7 @@ class _Slot(NamedTuple):
     batch: int
     t_rx: int
     reply_len: int
+    answer: int
     stamps: NDArray[np.int64]
 
 
@@ -314,6 +337,8 @@ def client_rows(recording: Recording, context: Context | None = None) -> Iterato
 def _measured(slot: _Slot, metadata: Metadata) -> dict[str, Any]:
     intended, start, rx, files = slot.t_intended, slot.t_tx_start, slot.t_rx, metadata.payloads
     sojourn = (rx - intended) / NS_PER_MS if rx else None
+    label = metadata.labels[slot.payload] if slot.payload < len(metadata.labels) else None
+    answered = rx and label is not None and slot.answer != NO_ANSWER
     return {
         "work_start": f"{metadata.anchor.wall_at(intended) / NS_PER_S:.6f}",
         "file_name": files[slot.payload] if slot.payload < len(files) else str(slot.payload),
@@ -332,6 +357,8 @@ def _measured(slot: _Slot, metadata: Metadata) -> dict[str, Any]:
         "reply_bytes": slot.reply_len if rx else None,
         "batch": slot.batch if rx else None,
         **_local_stamps(slot, metadata.clock),
+        "label": label,
+        "answer": slot.answer if answered else None,
     }
 
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 from corun.clock import now_ns
 from corun.errors import WireError
-from corun.load.ring import RingWriter
+from corun.load.ring import RingWriter, first_class
 from corun.load.timing import Waiter
 from corun.load.work import Counts, Progress, Watch, Work, count, undisturbed
 from corun.wire import REQUEST_SIZE, Kind, ReplyHeader, ReplyReader, Status, pack_request_into
@@ -211,7 +211,15 @@ class Sender:
                 self._strays += 1
                 continue
             del self._slot_of[header.id]
-            self._ring.rx(index, header.status, header.batch, frame.t_done_ns, header.payload_len, header.stamps)
+            self._ring.rx(
+                index,
+                header.status,
+                header.batch,
+                frame.t_done_ns,
+                header.payload_len,
+                header.stamps,
+                first_class(frame.payload),
+            )
             self._answered += 1
             self._ok += header.status == Status.OK
 

@@ -87,6 +87,8 @@ INFER_CLIENT: Table = (
     Column("reply_bytes", "B", "int", "size of the reply's payload"),
     Column("batch", "", "int", "size of the batch it ran in"),
     *_STAMP_COLUMNS,
+    Column("label", "", "int", "true class of the payload, where the data set knows it"),
+    Column("answer", "", "int", "first class of the reply, where the payload has a label"),
 )
 
 INFER_SERVER: Table = (
@@ -103,6 +105,7 @@ INFER_SERVER: Table = (
     Column("queue_len", "", "int", "requests waiting when it was enqueued"),
     *_STAMP_COLUMNS,
     Column("detail", "", "str", "why it was not OK"),
+    Column("weights_version", "", "int", "published version of the weights that answered; empty before the first"),
 )
 
 TRAIN: Table = (
@@ -118,6 +121,8 @@ TRAIN: Table = (
     Column("samples", "", "int", "samples in the step"),
     Column("samples_per_s", "1/s", "float", "samples / step time"),
     Column("loss", "", "float", "mean loss of the step"),
+    Column("gate_wait_ms", "ms", "float", "held at the gate by the sharing policy, all stops of the step together"),
+    Column("micro", "", "int", "micro-batches the step was cut into"),
 )
 
 EVENTS: Table = (

@@ -98,7 +98,8 @@ class RowLog:
                 str(request.batch or ""),
                 str(request.queue_len),
                 *[str(stamp) if stamp else "" for stamp in stamps],
-                _cell(request.detail) + "\n",
+                _cell(request.detail),
+                ("" if info is None or info.version is None else str(info.version)) + "\n",
             )
         )
 

@@ -389,6 +389,8 @@ def _steps(fake: FakeRun, train: FakeTrain, window: _Window, number: int) -> Ite
             "samples": train.batch_size,
             "samples_per_s": train.batch_size * 1e3 / step_ms,
             "loss": 2.3 * math.exp(-number / 400) + 0.1 * rng.random(),
+            "gate_wait_ms": 0.0,
+            "micro": 1,
         }
         at_ns, number = end_ns, number + 1
 

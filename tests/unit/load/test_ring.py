@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from corun.load.ring import (
     Context,
     Metadata,
     RingWriter,
+    first_class,
     offset_at,
     open_ring,
     read_ring,
@@ -51,13 +53,22 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @given(
-    wake=I64, start=I64, done=I64, rx=I64, status=U32, batch=U32, length=st.integers(0, 2**63), stamps=st.lists(
+    wake=I64, start=I64, done=I64, rx=I64, status=U32, batch=U32, length=U32, answer=st.integers(-(2**31), 2**31 - 1), stamps=st.lists(
         st.integers(-(2**63), 2**63 - 1), min_size=len(STAMPS), max_size=len(STAMPS)
     )
 )  # fmt: skip
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_slot_reads_back_as_it_was_written(
-    tmp_path: Path, wake: int, start: int, done: int, rx: int, status: int, batch: int, length: int, stamps: list[int]
+    tmp_path: Path,
+    wake: int,
+    start: int,
+    done: int,
+    rx: int,
+    status: int,
+    batch: int,
+    length: int,
+    answer: int,
+    stamps: list[int],
 ) -> None:
     """Every field of a request keeps its value over the file, and its neighbours stay as they were."""
     path = tmp_path / "a.ring"
@@ -65,13 +76,14 @@ def test_a_slot_reads_back_as_it_was_written(
     writer.wake(1, wake)
     assert writer.records["t_wake"].tolist() == [0, wake, 0]
     writer.tx(1, wake, start, done)
-    writer.rx(1, status, batch, rx, length, stamps)
+    writer.rx(1, status, batch, rx, length, stamps, answer)
     writer.close()
     before, slot, after = read_ring(path)
     found = [
-        int(slot[key]) for key in ("id", "t_wake", "t_tx_start", "t_tx_done", "status", "batch", "t_rx", "reply_len")
+        int(slot[key])
+        for key in ("id", "t_wake", "t_tx_start", "t_tx_done", "status", "batch", "t_rx", "reply_len", "answer")
     ]
-    assert found == [11, wake, start, done, status, batch, rx, length]
+    assert found == [11, wake, start, done, status, batch, rx, length, answer]
     assert slot["stamps"].tolist() == stamps
     assert slot["t_intended"] == 2 * 10**9
     assert before["status"] == after["status"] == UNSENT
@@ -159,6 +171,28 @@ def test_a_ring_that_cannot_be_made_is_a_fault_before_the_run(tmp_path: Path) ->
     """The space is taken when the ring is made, so a full disk shows before anything is measured."""
     with pytest.raises(RunFault, match="cannot make the record file"):
         RingWriter(tmp_path / "a.ring", 10**13, Metadata())
+
+
+def test_labels_and_answers_stand_in_the_rows_of_labelled_payloads(tmp_path: Path) -> None:
+    """A payload's true class and the reply's first class become columns; without a label both are empty."""
+    path, table = tmp_path / "a.ring", tmp_path / "svc.csv"
+    ring = RingWriter(path, 3, Metadata(payloads=("a", "b", "c"), labels=(4, None, 2)))
+    ring.fill(range(3), [1, 2, 3], 0, range(3))
+    reply = struct.pack("<if", 3, 0.9) + bytes(32)
+    for index in range(2):
+        ring.tx(index, 5, 6, 7)
+        ring.rx(index, Status.OK, 1, 9, 40, STAMP_VALUES, first_class(reply))
+    ring.tx(2, 5, 6, 7)
+    ring.close()
+    assert ring_to_csv(path, table) == 3
+    assert [(row["label"], row["answer"]) for row in rows_of(table)] == [("4", "3"), ("", ""), ("2", "")]
+
+
+@given(st.binary(max_size=64))
+def test_only_a_classifiers_reply_has_a_first_class(reply: bytes) -> None:
+    """40 bytes are five classes, the first one first; anything else has none."""
+    expected = struct.unpack_from("<i", reply)[0] if len(reply) == 40 else -1
+    assert first_class(reply) == first_class(memoryview(reply)) == expected
 
 
 def test_csv_rows_carry_context_derived_latencies_and_names(tmp_path: Path) -> None:
