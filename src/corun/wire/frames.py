@@ -7,6 +7,15 @@
 
 Bit 31 of flags marks a reply, so one stream can carry both directions' requests and replies (control channels).
 crc32 covers the header before it, not the payload: over 150 KB it would cost more than the round trip.
+
+flags of a request   bit 0 STREAM: send each token of the answer as it is made; bits 8..30: its deadline in ms after
+                     t_intended (after its first byte where the peer's clock is another), 0 = none
+flags of a reply     bit 0 PART: more replies to this request follow, the last one has no PART; bits 8..30: tokens
+                     made so far, all of them in the last one; 0 of a model that makes none
+
+Who does not set STREAM gets one reply. A PART has status OK, and as stamp d2h when its token reached the host. CANCEL
+names a request of its own connection by stream and id; it has no reply of its own: the request's says CANCELLED, or
+how it ended if that was sooner.
 Nothing on the wire is executable: no pickle, no eval.
 """
 
@@ -24,6 +33,9 @@ MAGIC = 0x4E555243  # b"CRUN"
 VERSION = 1
 MAX_PAYLOAD = 64 << 20
 REPLY_FLAG = 1 << 31
+STREAM = PART = 1
+NUMBER_SHIFT = 8
+MAX_NUMBER = (REPLY_FLAG >> NUMBER_SHIFT) - 1
 
 STAMPS = (
     "rx_first",
@@ -65,6 +77,7 @@ class Kind(IntEnum):
 
     INFER = 1
     REPLY = 2
+    CANCEL = 3
     HELLO = 16
     LOAD = 17
     CLOCK = 18
@@ -118,6 +131,23 @@ class ReplyHeader(NamedTuple):
     stamps: tuple[int, ...]
     payload_len: int
     batch: int
+
+
+def request_flags(stream: bool = False, deadline_ms: int = 0) -> int:
+    """Flags of a request; FrameError when the deadline is not 0 to MAX_NUMBER ms (2.3 hours)."""
+    if not 0 <= deadline_ms <= MAX_NUMBER:
+        raise FrameError(f"a deadline of {deadline_ms} ms: give 1 to {MAX_NUMBER}, or 0 for none")
+    return (STREAM if stream else 0) | deadline_ms << NUMBER_SHIFT
+
+
+def reply_flags(tokens: int, part: bool = False) -> int:
+    """Flags of a reply with so many tokens, at most MAX_NUMBER of them counted."""
+    return (PART if part else 0) | min(tokens, MAX_NUMBER) << NUMBER_SHIFT
+
+
+def number_in(flags: int) -> int:
+    """The deadline in ms of a request's flags, the tokens of a reply's."""
+    return flags >> NUMBER_SHIFT & MAX_NUMBER
 
 
 def pack_request(

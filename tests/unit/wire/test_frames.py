@@ -12,17 +12,23 @@ from corun.errors import FrameError
 from corun.wire.frames import (
     KINDS,
     MAGIC,
+    MAX_NUMBER,
     MAX_PAYLOAD,
     NO_STAMPS,
+    PART,
     REPLY_SIZE,
     REQUEST_SIZE,
     STAMPS,
+    STREAM,
     Kind,
     Status,
     is_reply,
+    number_in,
     pack_reply,
     pack_request,
     pack_request_into,
+    reply_flags,
+    request_flags,
     unpack_reply,
     unpack_request,
 )
@@ -127,3 +133,19 @@ def test_an_oversized_payload_cannot_be_announced() -> None:
         pack_reply(Kind.REPLY, 0, 0, Status.OK, NO_STAMPS, MAX_PAYLOAD + 1)
     with pytest.raises(FrameError, match="over the limit of 10"):
         unpack_request(pack_request(Kind.INFER, 0, 0, 11), max_payload=10)
+
+
+@given(stream=st.booleans(), deadline_ms=st.integers(0, MAX_NUMBER), tokens=st.integers(0, 2 * MAX_NUMBER))
+def test_flags_carry_what_was_put_in(stream: bool, deadline_ms: int, tokens: int) -> None:
+    """Stream bit and deadline of a request, part bit and tokens of a reply survive packing; tokens are capped."""
+    asked = unpack_request(pack_request(Kind.INFER, 1, 2, 0, flags=request_flags(stream, deadline_ms)))
+    assert (bool(asked.flags & STREAM), number_in(asked.flags)) == (stream, deadline_ms)
+    given = unpack_reply(pack_reply(Kind.REPLY, 1, 2, 0, NO_STAMPS, 0, flags=reply_flags(tokens, stream)))
+    assert (bool(given.flags & PART), number_in(given.flags)) == (stream, min(tokens, MAX_NUMBER))
+
+
+@pytest.mark.parametrize("deadline_ms", [-1, MAX_NUMBER + 1])
+def test_a_deadline_that_does_not_fit_is_refused(deadline_ms: int) -> None:
+    """Nothing is cut to 23 bits silently."""
+    with pytest.raises(FrameError, match="a deadline of"):
+        request_flags(True, deadline_ms)
