@@ -43,6 +43,9 @@ def main(
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="measure client and null server alone first")
     ] = True,
+    legacy: Annotated[
+        bool, typer.Option("--legacy", help="measure every cell under the original's load too, with its latencies")
+    ] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="write report.html at the end")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the tables at the end")] = False,
     as_json: Annotated[
@@ -63,7 +66,7 @@ def main(
         if policy is not None:
             given = settings.sharing if isinstance(settings.sharing, dict) else {}
             settings = settings.model_copy(update={"sharing": {**given, "policy": policy}})
-        cells = configs.pairs(settings)
+        cells = configs.with_legacy(configs.pairs(settings)) if legacy else configs.pairs(settings)
         require_known(cells)
         if dry_run:
             print("\n".join(describe(cells)))
@@ -72,7 +75,9 @@ def main(
 
             console = console_for(stderr=as_json)
             calibrate = calibrate and settings.calibrate
-            options = Options(out or result_root(), console, fresh, fail_fast, calibrate, quiet, as_json, report)
+            options = Options(
+                out or result_root(), console, fresh, fail_fast, calibrate, quiet, as_json, report, legacy
+            )
             raise typer.Exit(_run(cells, options))
 
 
@@ -88,6 +93,7 @@ class Options:
     quiet: bool
     as_json: bool
     report: bool
+    legacy: bool
 
 
 def _run(cells: list[configs.Pair], options: Options) -> int:
@@ -95,6 +101,7 @@ def _run(cells: list[configs.Pair], options: Options) -> int:
     from corun.launch.experiment import run_pair
     from corun.launch.live import make_live
     from corun.launch.sweep import CellResult, run_sweep, sweep_name
+    from corun.report import legacy as originals
     from corun.report.conclude import conclude
     from corun.report.slo import kept
 
@@ -130,6 +137,8 @@ def _run(cells: list[configs.Pair], options: Options) -> int:
             results, paths = [row.result for row in rows], [sweep / row.cell for row in rows]
             console.print(f"sweep: {sweep}/index.csv", highlight=False, soft_wrap=True)
             _write_page(sweep, options)
+            if options.legacy:
+                originals.show(originals.write(paths, sweep / "legacy.csv"), console)
         interrupted = stop.requested
     for result in results:
         for reason in result.reasons:

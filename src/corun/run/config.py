@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from corun.errors import InputError, suggest
+from corun.run import launching
 
 Arm = Literal["alone", "train", "corun"]
 ARMS: tuple[Arm, ...] = ("alone", "train", "corun")
@@ -162,6 +163,7 @@ class Config(_Model):
     start_timeout_s: Seconds = 180.0
     slo: Slo = Field(Slo(), description='promises of every service, e.g. {"p99_ms": 100}; exit code 3 when not kept')
     calibrate: bool = Field(True, description="measure client and null server alone for 2 s before the first run")
+    launch: launching.Launch = launching.Launch()
 
     @field_validator("arms")
     @classmethod
@@ -190,6 +192,7 @@ class Pair(_Model):
     arms: tuple[Arm, ...]
     config: Config
     beside: str | None = Field(None, description="services run elsewhere, beside this job (a label for the log)")
+    legacy: bool = Field(False, description="under the original's load: even seconds, rests after each reply")
 
     @property
     def expected_s(self) -> float:
@@ -205,7 +208,8 @@ class Pair(_Model):
     @property
     def label(self) -> str:
         """`resnet50_16 + yolov5n, resnet18` for tables and logs."""
-        return f"{self.train_label} + {', '.join(service.label for service in self.services) or NONE}"
+        load = " (the original's load)" if self.legacy else ""
+        return f"{self.train_label} + {', '.join(service.label for service in self.services) or NONE}{load}"
 
     def digest(self) -> str:
         """sha256 of the resolved cell: the name of its directory in a sweep."""
@@ -221,13 +225,15 @@ class Pair(_Model):
     def resolved(self) -> dict[str, Any]:
         """Everything that determines the measurement, as plain JSON values; promises judge it, they do not change it."""
         rest = self.config.model_dump(
-            mode="json", exclude={"train", "infer", "comb", "rates", "arms", "slo", "calibrate"}
+            mode="json", exclude={"train", "infer", "comb", "rates", "arms", "slo", "calibrate", "launch"}
         )
         return {
             "train": self.train.model_dump(mode="json") if self.train else None,
             "services": [service.model_dump(mode="json", exclude={"slo"}) for service in self.services],
             "arms": list(self.arms),
             **({"beside": self.beside} if self.beside else {}),
+            **({"legacy": True} if self.legacy else {}),
+            **({} if self.config.launch.local else {"launch": self.config.launch.resolved()}),
             **rest,
         }
 
@@ -276,6 +282,21 @@ def pairs(config: Config) -> list[Pair]:
     return cells
 
 
+def with_legacy(cells: list[Pair]) -> list[Pair]:
+    """Every cell that serves, followed by its twin under the original's load (see corun.arrivals.legacy)."""
+    return [twin for cell in cells for twin in ([cell, _legacy(cell)] if cell.services else [cell])]
+
+
+def _legacy(cell: Pair) -> Pair:
+    def as_original(service: Service) -> Service:
+        process = {"name": "legacy", "rate": service.rate} if service.rate else "poisson"
+        return service.model_copy(update={"mode": "closed", "process": process})
+
+    services = tuple(as_original(service) for service in cell.services)
+    arms = tuple(arm for arm in cell.arms if arm != "train")
+    return cell.model_copy(update={"services": services, "arms": arms or cell.arms, "legacy": True})
+
+
 def _sets(config: Config) -> Iterator[tuple[Service, ...]]:
     """The sets of services to measure: as listed, or every combination of them, each at every rate."""
     groups: list[tuple[Service, ...]] = list(config.infer)
@@ -310,8 +331,10 @@ def _sentence(problem: Any, value: dict[str, Any]) -> str:
     return f"{path}: {problem['msg'].removeprefix('Value error, ')}{shown}"
 
 
-def _model_at(location: list[Any]) -> type[_Model]:
+def _model_at(location: list[Any]) -> type[BaseModel]:
     """The model whose keys stand beside the last part of a path."""
+    if location[0] == "launch" and len(location) > 1:
+        return launching.model_of(location)
     if "slo" in location[:-1]:
         return Slo
     return Config if len(location) == 1 else Train if location[0] == "train" else Service

@@ -157,3 +157,24 @@ def test_the_schema_knows_every_key() -> None:
     text = json.dumps(config.schema())
     for name in (*config.Config.model_fields, *config.Train.model_fields, *config.Service.model_fields):
         assert f'"{name}"' in text
+
+
+def test_every_serving_cell_has_a_twin_under_the_originals_load() -> None:
+    """The twin sends even seconds and rests after replies, without the arm that has no load; rate 0 stays the trace."""
+    value = {
+        "train": [{"arch": "resnet18"}],
+        "infer": [[{"arch": "null", "rate": 5}, {"arch": "resnet18", "rate": 0}]],
+    }
+    cell, twin = config.with_legacy(config.pairs(config.parse(value)))
+    assert cell.arms == config.ARMS
+    assert twin.arms == ("alone", "corun")
+    assert [service.mode for service in twin.services] == ["closed", "closed"]
+    assert [service.process for service in twin.services] == [{"name": "legacy", "rate": 5.0}, "poisson"]
+    assert twin.digest() != cell.digest()
+    assert twin.label.endswith("(the original's load)")
+
+
+def test_a_cell_without_services_has_no_twin() -> None:
+    """Training alone sends nothing, so there is no other load to send."""
+    cells = config.pairs(config.parse(ORIGINAL))
+    assert config.with_legacy(cells) == cells
