@@ -129,7 +129,7 @@ def test_the_layout_is_that_of_the_specification() -> None:
     [
         ("<I", 0, 0x47455420, "not a corun frame"),
         ("<H", 4, 2, "protocol version 2; this side speaks version 1"),
-        ("<H", 6, 3, "unknown frame kind 3"),
+        ("<H", 6, 9, "unknown frame kind 9"),
         ("<Q", 24, MAX_PAYLOAD + 1, "over the limit"),
         ("<I", 8, 1 << 31, "a reply header instead of a request"),
     ],
