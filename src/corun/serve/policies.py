@@ -140,6 +140,15 @@ class Hrrn(Generic[T]):
                 best, best_ratio, best_arrival = number, ratio, arrival_ns
         return self._items.pop(best)[2]
 
+    def drain(self, now_ns: int) -> list[T]:
+        """What `pop` at now_ns would give until nothing is left, in n log n."""
+        at_ns = self._ranked_at_ns(now_ns)
+        order = sorted(
+            self._items.items(), key=lambda one: (-max(0, at_ns - one[1][0]) / one[1][1], one[1][0], one[0])
+        )
+        self._items.clear()
+        return [item for _, (_, _, item) in order]
+
     def _ranked_at_ns(self, now_ns: int) -> int:
         return now_ns
 
@@ -161,6 +170,13 @@ class HrrnStale(Hrrn[T]):
 
     def _ranked_at_ns(self, now_ns: int) -> int:
         return min(now_ns, self._latest_ns)
+
+
+def drain(policy: QueuePolicy[T], now_ns: int) -> list[T]:
+    """Remove everything that waits, in the order of service at now_ns."""
+    if isinstance(policy, Hrrn):
+        return policy.drain(now_ns)
+    return [policy.pop(now_ns) for _ in range(len(policy))]
 
 
 _POLICIES: dict[str, Callable[[], QueuePolicy[Any]]] = {
