@@ -42,7 +42,7 @@ class Connection:
         sock.setblocking(False)
         epoll.register(self.fd, select.EPOLLIN)
 
-    def send(self, header: bytes, payload: bytes) -> None:
+    def send(self, header: bytes, payload: bytes | bytearray) -> None:
         """Hand a reply to the kernel, or to the backlog; a broken connection is left to the io thread."""
         size = len(header) + len(payload)
         with self._lock:
@@ -64,7 +64,7 @@ class Connection:
                     return
             self._keep(header, payload, sent)
 
-    def _keep(self, header: bytes, payload: bytes, sent: int) -> None:
+    def _keep(self, header: bytes, payload: bytes | bytearray, sent: int) -> None:
         rest = len(header) + len(payload) - sent
         if self._backlog and self.backlog_bytes + rest > self._backlog_limit:
             self._cut_off(f"it does not read its replies: {self.backlog_bytes} bytes are waiting")
