@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ def main(
     queue_limit: Annotated[int, typer.Option(min=1, help="requests that may wait; more are rejected")] = 1024,
     max_batch: Annotated[int, typer.Option(min=1, help="dynamic batching: largest batch")] = 1,
     max_delay_ms: Annotated[float, typer.Option(min=0, help="dynamic batching: longest wait for a batch")] = 0.0,
+    deadline_ms: Annotated[int, typer.Option(min=0, help="of requests that bring none; 0 = none")] = 0,
     policy: Annotated[str, typer.Option(help="order of the queue: fifo, sjf, edf, hrrn or hrrn-stale")] = "fifo",
     precision: Annotated[str, typer.Option(help=", ".join(registry.PRECISIONS))] = "fp32",
     channels_last: Annotated[bool, typer.Option("--channels-last")] = False,
@@ -43,6 +45,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="directory for infer_server/<name>.csv; default: no files")] = None,
     name: Annotated[str | None, typer.Option(help="name of the service; default: the model's")] = None,
     warmup: Annotated[int, typer.Option(min=0, help="examples run after a load")] = 3,
+    follow: Annotated[
+        Path | None, typer.Option(help="directory of published weights to take up as they come")
+    ] = None,
     announce: Annotated[str | None, typer.Option(help="PAGE:SLOT of a sharing policy's page")] = None,
     parent: Annotated[int | None, typer.Option(help="end when this process ends")] = None,
 ) -> None:
@@ -52,6 +57,7 @@ def main(
             die_with_parent(parent)
         set_threads(threads)
         from corun.serve import Server, ServerOptions, load_engine
+        from corun.serve.follow import Follower, followed
         from corun.wire import Address
         from corun.wire.messages import Load
 
@@ -67,14 +73,17 @@ def main(
             queue_limit=queue_limit,
             max_batch=max_batch,
             max_delay_ns=round(max_delay_ms * 1e6),
+            deadline_ms=deadline_ms,
             policy=policy,
             warmup=warmup,
             threads=threads,
             out=out,
             placement=placement,
         )
-        server = Server(options, lambda load: load_engine(load, placement, threads), observer=_observer(announce))
-        final = server.serve(initial, stop).counts
+        make = followed(load_engine) if follow else load_engine
+        server = Server(options, lambda load: make(load, placement, threads), observer=_observer(announce))
+        with Follower(server, follow) if follow else nullcontext():
+            final = server.serve(initial, stop).counts
         where = f"; rows in {out}/infer_server/{options.name}.csv" if out else ""
         print(f"{options.name} stopped: {final.summary()}{where}", flush=True)
         if server.abandoned:

@@ -89,6 +89,11 @@ INFER_CLIENT: Table = (
     *_STAMP_COLUMNS,
     Column("label", "", "int", "true class of the payload, where the data set knows it"),
     Column("answer", "", "int", "first class of the reply, where the payload has a label"),
+    Column("tokens_out", "", "int", "tokens of the reply; empty for models that make none"),
+    Column(
+        "ttft_ms", "ms", "float", "time to first token: its arrival minus t_intended; empty for a reply in one piece"
+    ),
+    Column("tpot_ms", "ms", "float", "time per token after the first: (last - first) / (tokens - 1)"),
 )
 
 INFER_SERVER: Table = (
@@ -106,6 +111,10 @@ INFER_SERVER: Table = (
     *_STAMP_COLUMNS,
     Column("detail", "", "str", "why it was not OK"),
     Column("weights_version", "", "int", "published version of the weights that answered; empty before the first"),
+    Column("tokens_in", "", "int", "tokens of the prompt; empty for models that make none"),
+    Column("tokens_out", "", "int", "tokens made"),
+    Column("ttft_ms", "ms", "float", "time to first token: on the host minus s_rx_done"),
+    Column("tpot_ms", "ms", "float", "time per token after the first: (last - first) / (tokens - 1)"),
 )
 
 TRAIN: Table = (
@@ -161,6 +170,10 @@ SUMMARY: Table = (
     Column("response_p95_ms", "ms", "float", "response"),
     Column("response_p99_ms", "ms", "float", "response"),
     Column("response_max_ms", "ms", "float", "response"),
+    Column("tokens_per_s", "1/s", "float", "tokens of replies with OK / window; empty for models that make none"),
+    Column("ttft_p50_ms", "ms", "float", "time to first token, from the intended send time"),
+    Column("ttft_p99_ms", "ms", "float", "the same; empty below 662 samples"),
+    Column("tpot_p50_ms", "ms", "float", "time per token after the first"),
     Column("slip_p50_ms", "ms", "float", "slip of the sender"),
     Column("slip_p99_ms", "ms", "float", "slip of the sender"),
     Column("train_samples_per_s", "1/s", "float", "training speed inside the window"),

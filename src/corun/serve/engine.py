@@ -28,6 +28,7 @@ from corun.clock import NS_PER_MS, now_ns
 from corun.errors import InputError, RunFault, suggest
 from corun.registry import ModelOptions, Servable, ServableInfo
 from corun.serve.queue import Request
+from corun.torch_tools import misfits
 from corun.wire import MAX_PAYLOAD, STAMPS, Status
 from corun.wire.messages import Load
 
@@ -80,7 +81,7 @@ class ServableEngine:
         try:
             replies = self._compute(decoded, samples)
         except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; the batch gets the reason
-            reason = _reason(error)
+            reason = reason_of(error)
             for request in decoded:
                 request.end(Status.FAILED, reason)
             _recover(error)
@@ -98,9 +99,9 @@ class ServableEngine:
             try:
                 samples.append(decode(request.payload))
             except ValueError as error:
-                request.end(Status.BAD_REQUEST, _reason(error, named=False))
+                request.end(Status.BAD_REQUEST, reason_of(error, named=False))
             except Exception as error:  # noqa: BLE001 - as above
-                request.end(Status.FAILED, _reason(error))
+                request.end(Status.FAILED, reason_of(error))
             else:
                 request.stamps[DECODED] = now_ns()
                 decoded.append(request)
@@ -114,9 +115,13 @@ class ServableEngine:
         output, h2d, device, d2h = self._device_stages(servable, host)
         for request in requests:
             request.stamps[PREPROCESSED : D2H + 1] = (preprocessed, h2d, device, d2h)
-        replies = servable.postprocess(output, len(requests))
-        if len(replies) != len(requests):
-            raise RunFault(f"{servable.info.model} gave {len(replies)} replies to {len(requests)} requests")
+        return self._replies(output, len(requests))
+
+    def _replies(self, output: Any, count: int) -> list[bytes]:
+        servable = self._servable
+        replies = servable.postprocess(output, count)
+        if len(replies) != count:
+            raise RunFault(f"{servable.info.model} gave {len(replies)} replies to {count} requests")
         for reply in replies:
             if not isinstance(reply, bytes | bytearray):
                 raise RunFault(f"{servable.info.model} gave a reply of type {type(reply).__name__} instead of bytes")
@@ -135,6 +140,54 @@ class ServableEngine:
                 servable.postprocess(output, size)
                 taken.append((now_ns() - start) / NS_PER_MS)
         return taken
+
+    def successor(self, state: Mapping[str, Any], weights: str, version: int) -> Callable[[], None]:
+        """New weights made ready in any thread; the returned call puts them in place, on the model thread only.
+
+        state: tensors by name, as the training side's module has them. What a service does not need of it is named
+        by the servable's `unserved` prefixes (auxiliary heads). Precision, device and layout become those in use.
+        The swap itself moves no data: every parameter and buffer is pointed to its new tensor. Raises InputError
+        when the model has no torch module, or names or shapes differ; then nothing has changed.
+        """
+        import torch
+
+        servable = self._servable
+        module = self.module()
+        unserved = tuple(getattr(servable, "unserved", ()))
+        own: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+        given = {name: value for name, value in state.items() if name in own or not name.startswith(unserved)}
+        problems = misfits(own, given)
+        if problems:
+            raise InputError(f"version {version} does not fit {servable.info.model}", problems)
+        fresh = self._placed(own, given)
+
+        def swap() -> None:
+            for name, tensor in own.items():
+                tensor.data = fresh[name]
+            servable.info = replace(servable.info, weights=weights, version=version)
+
+        return swap
+
+    def module(self) -> Any:
+        """The torch module whose weights can be replaced; InputError when the model has none."""
+        import torch
+
+        module = getattr(self._servable, "module", None)
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(
+                f"{self.info.model} cannot follow published weights: it has no torch module (its servable's `module`)"
+            )
+        return module
+
+    def _placed(self, own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Copies of the given tensors like those they replace: device, precision, layout."""
+        import torch
+
+        with torch.no_grad():
+            fresh = {name: torch.empty_like(tensor.data).copy_(given[name]) for name, tensor in own.items()}
+        if self.info.device.startswith("cuda"):
+            torch.cuda.current_stream(self.info.device).synchronize()
+        return fresh
 
 
 def cpu_stages(servable: Servable, host: Any) -> DeviceTimes:
@@ -179,7 +232,7 @@ class CudaStages:
         return end_ns - round(event.elapsed_time(self._end) * NS_PER_MS)
 
 
-def _reason(error: BaseException, named: bool = True) -> str:
+def reason_of(error: BaseException, named: bool = True) -> str:
     """One line about an exception, short enough for a reply and always valid UTF-8."""
     text = " ".join(str(error).encode("utf-8", "replace").decode().split())
     if named or not text:
@@ -222,7 +275,9 @@ def load_engine(load: Load, defaults: ModelOptions, threads: int = 1) -> Servabl
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
-    return ServableEngine(servable)
+    from corun.serve.generation import engine_for
+
+    return engine_for(servable)
 
 
 def _auto_device(model: registry.Model) -> str:

@@ -20,6 +20,7 @@ class ServerOptions:
     warmup: examples run after each load. out: directory for infer_server/<name>.csv and events.csv, None = no
     files. placement: device, precision and layout of models whose LOAD does not say. threads: intra-op threads.
     switch_interval_s: how long one of the two threads may keep the interpreter from the other.
+    deadline_ms: for requests that bring none of their own, from their intended send time; 0 = none.
     finish_s: how long a stopping server waits for what is being computed and for clients to take their replies.
     """
 
@@ -36,3 +37,4 @@ class ServerOptions:
     backlog_limit: int = BACKLOG_LIMIT
     switch_interval_s: float = SWITCH_INTERVAL_S
     finish_s: float = 10.0
+    deadline_ms: int = 0

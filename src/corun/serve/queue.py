@@ -25,6 +25,7 @@ from corun.wire import STAMPS, RequestHeader, Status
 if TYPE_CHECKING:
     from corun.registry import ServableInfo
     from corun.serve.connection import Connection
+    from corun.serve.generation import Tokens
     from corun.serve.statistics import Segment
 
 Task = Callable[[], None]
@@ -39,13 +40,16 @@ class Request:
 
     stamps: ns of CLOCK_MONOTONIC in the order of wire.STAMPS, 0 = not reached. payload is emptied once it is
     decoded. reply, status, detail and batch are filled by the engine. info: the model
-    that answered.
+    that answered. deadline_ns: nothing is computed for it after that, 0 = none. given_up: its sender took it back;
+    whoever computes it looks at this. tokens: what was counted of a generated answer.
     """
 
     __slots__ = (
         "batch",
         "connection",
+        "deadline_ns",
         "detail",
+        "given_up",
         "header",
         "info",
         "payload",
@@ -54,6 +58,7 @@ class Request:
         "segment",
         "stamps",
         "status",
+        "tokens",
     )
 
     def __init__(
@@ -76,6 +81,9 @@ class Request:
         self.batch = 0
         self.queue_len = 0
         self.info: ServableInfo | None = None
+        self.deadline_ns = 0
+        self.given_up = False
+        self.tokens: Tokens | None = None
 
     @property
     def t_first(self) -> int:
@@ -108,10 +116,16 @@ class RequestQueue:
         self._waker: Callable[[], None] | None = None
         self._tasks: deque[Task] = deque()
         self._closed = False
-        self.in_flight = 0
+        self._taken: list[Request] = []
+        self._kept: set[Request] = set()
 
     def __len__(self) -> int:
         return len(self._policy)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests picked and not answered yet."""
+        return len(self._taken) + len(self._kept)
 
     @property
     def idle(self) -> bool:
@@ -158,17 +172,43 @@ class RequestQueue:
         with self._lock:
             return [self._policy.pop(now_ns()) for _ in range(len(self._policy))]
 
-    def take(self) -> list[Request] | Task | None:
+    def cancel(self, connection: Connection, stream: int, id: int) -> list[Request]:
+        """Take one request back: removed and returned where it waits, marked `given_up` where it is being answered."""
+
+        def named(request: Request) -> bool:
+            header = request.header
+            return request.connection is connection and header.id == id and header.stream == stream
+
+        with self._lock:
+            for request in (*self._taken, *self._kept):
+                request.given_up |= named(request)
+            waiting = [self._policy.pop(now_ns()) for _ in range(len(self._policy))]
+            for request in waiting:
+                if not named(request):
+                    self._policy.push(request)
+        return [request for request in waiting if named(request)]
+
+    def give_up(self) -> None:
+        """Mark all that is being answered as taken back."""
+        with self._lock:
+            for request in (*self._taken, *self._kept):
+                request.given_up = True
+
+    def take(self, requests: bool = True) -> list[Request] | Task | None:
         """The next batch, picked and closed, or a task, or None once closed; sleeps until there is one.
 
-        What was taken counts as in flight until `done`.
+        requests: False takes tasks only. What was taken counts as in flight until `done`.
         """
         held: list[Request] = []
+        self._taken = held
         while True:
             with self._lock:
                 if not held and (self._tasks or self._closed):
                     return self._tasks.popleft() if self._tasks else None
-                wait_until_ns = self._pick_one(held) if self._single else self._pick(held)
+                if not requests:
+                    wait_until_ns: int | None = NEVER
+                else:
+                    wait_until_ns = self._pick_one(held) if self._single else self._pick(held)
                 if wait_until_ns is None:
                     break
                 self._waker = self._write if wait_until_ns == NEVER else self._alarm.release
@@ -186,7 +226,6 @@ class RequestQueue:
         request = self._policy.pop(now)
         request.stamps[PICKED] = now
         held.append(request)
-        self.in_flight = 1
         return None
 
     def _pick(self, held: list[Request]) -> int | None:
@@ -200,7 +239,6 @@ class RequestQueue:
                 request = policy.pop(now)
                 request.stamps[PICKED] = now
                 held.append(request)
-            self.in_flight = len(held)
             if close:
                 return None
             if not take:
@@ -223,8 +261,18 @@ class RequestQueue:
             self._alarm.acquire()
 
     def done(self) -> None:
-        """What was taken has been answered."""
-        self.in_flight = 0
+        """What was taken has been answered, or is kept."""
+        self._taken = []
+
+    def keep(self, requests: Sequence[Request]) -> None:
+        """These were taken and will be answered later: each is in flight until `release`."""
+        with self._lock:
+            self._kept.update(requests)
+
+    def release(self, request: Request) -> None:
+        """One that was kept is answered now."""
+        with self._lock:
+            self._kept.discard(request)
 
     def dispose(self) -> None:
         """Release the descriptor, once the model thread has ended."""

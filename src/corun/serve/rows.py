@@ -76,7 +76,7 @@ class RowLog:
 
     def _line(self, request: Request) -> str:
         header, segment, stamps, info = request.header, request.segment, request.stamps, request.info
-        return ",".join(
+        cells = ",".join(
             (
                 self._wall(request),
                 *(
@@ -99,9 +99,11 @@ class RowLog:
                 str(request.queue_len),
                 *[str(stamp) if stamp else "" for stamp in stamps],
                 _cell(request.detail),
-                ("" if info is None or info.version is None else str(info.version)) + "\n",
+                "" if info is None or info.version is None else str(info.version),
+                *_token_cells(request),
             )
         )
+        return cells + "\n"
 
     def _wall(self, request: Request) -> str:
         """Wall clock of the intended send time; only a client on this host has our monotonic clock."""
@@ -109,6 +111,16 @@ class RowLog:
         if not intended_ns or not request.connection.local:
             return ""
         return f"{self._anchor.wall_at(intended_ns) / NS_PER_S:.6f}"
+
+
+def _token_cells(request: Request) -> tuple[str, str, str, str]:
+    """tokens_in, tokens_out, ttft_ms, tpot_ms; empty for a model that makes no tokens."""
+    tokens = request.tokens
+    if tokens is None:
+        return "", "", "", ""
+    times = (tokens.ttft_ms(request.t_done), tokens.tpot_ms)
+    ttft, tpot = ("" if ms is None else f"{ms:.6f}" for ms in times)
+    return str(tokens.into), str(tokens.out), ttft, tpot
 
 
 def _cell(text: str) -> str:

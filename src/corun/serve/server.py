@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from corun.clock import NS_PER_S, anchor, now_ns
+from corun.clock import NS_PER_MS, NS_PER_S, anchor, now_ns
 from corun.errors import FrameError, InputError, PeerClosed, RunFault
 from corun.run.table import EventLog
 from corun.serve.batcher import Batcher
@@ -34,7 +34,7 @@ from corun.serve.queue import Request, RequestQueue
 from corun.serve.rows import RowLog
 from corun.serve.statistics import Counts, Segment, Statistics, recent_ms
 from corun.serve.worker import Worker, answer
-from corun.wire import Address, Kind, Status, listen
+from corun.wire import Address, Kind, Status, listen, number_in
 from corun.wire.messages import Load, encode
 
 ROLE = "server"
@@ -45,13 +45,13 @@ JOIN_S = 0.5
 FOREVER = -1.0
 
 EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
-INFER = int(Kind.INFER)
+INFER, CANCEL = int(Kind.INFER), int(Kind.CANCEL)
 
 _REFUSALS = {
     Status.REJECTED: "the queue is full",
     Status.NOT_LOADED: "no model is loaded",
     Status.DRAINING: "the server is finishing",
-    Status.CANCELLED: "the server was stopped",
+    Status.CANCELLED: "cancelled by its client, or the server was stopped",
 }
 _REFUSAL_BODIES = {status: encode({"error": text}) for status, text in _REFUSALS.items()}
 
@@ -104,6 +104,7 @@ class Server:
         self.bad_frames = 0
         self.abandoned = False
         self._made_ns = now_ns()
+        self._deadline_ms = options.deadline_ms
         self._events, self._rows = self._open_files()
         self._row_fault: RunFault | None = None
         self._rows_since_ns = 0
@@ -238,13 +239,28 @@ class Server:
         segment, requests = self.segment, []
         for header, payload, t_first, t_done in frames:
             if header.kind == INFER:
-                requests.append(Request(connection, header, payload, t_first, t_done, segment))
+                request = Request(connection, header, payload, t_first, t_done, segment)
+                if header.flags or self._deadline_ms:
+                    self._limit(request)
+                requests.append(request)
+            elif header.kind == CANCEL:
+                self._enqueue(requests)
+                requests = []
+                self.refuse(self.queue.cancel(connection, header.stream, header.id), Status.CANCELLED)
             else:
                 self._enqueue(requests)
                 self.control.handle(connection, header, payload, t_first)
                 segment, requests = self.segment, []
         if requests:
             self._enqueue(requests)
+
+    def _limit(self, request: Request) -> None:
+        """Its deadline, from the intended send time where that is on this host's clock."""
+        header = request.header
+        limit_ns = (number_in(header.flags) or self._deadline_ms) * NS_PER_MS
+        if limit_ns:
+            intended_ns = header.t_intended if request.connection.local else 0
+            request.deadline_ns = (intended_ns or request.t_first) + limit_ns
 
     def _close(self, connection: Connection, reason: str) -> None:
         if reason:
@@ -350,6 +366,7 @@ class Server:
 
     def _shut_down(self) -> None:
         self.queue.close()
+        self.queue.give_up()
         self.abandoned = not self.worker.join(JOIN_S)
         if self.abandoned:
             lost = self.queue.in_flight
