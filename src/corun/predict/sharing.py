@@ -4,8 +4,10 @@ The share follows from the load forecast for the next window (rate x mean servic
 
     share = clip((1 - headroom - u) / train_cost, floor, 1)
 
-A negative headroom overbooks: for a forecast of an upper quantile, whose margin is already in it. A lower share applies at once, a higher one only after `dwell` windows in a row allow it, so that the gap inside a
-burst does not start the trainer. After a step of duration dt the trainer sleeps dt (1 / share - 1).
+A negative headroom overbooks: for a forecast of an upper quantile, whose margin is already in it. A lower share applies
+at once, a higher one only after `dwell` windows in a row allow it, so that the gap inside a burst does not start the
+trainer. After a step of duration dt the trainer sleeps dt (1 / share - 1). `calibrate` takes the headroom from the past:
+the smallest with which the past's own requests would have kept the promise.
 
 The model has one device, one FIFO service and one trainer. While both have work the service runs at `service_speed`
 and the trainer at `train_speed` of their speed alone; arrivals are given and depend on nothing (open loop).
@@ -16,6 +18,7 @@ and the trainer at `train_speed` of their speed alone; arrivals are given and de
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -25,12 +28,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from corun.errors import InputError
 
-__all__ = ["Device", "DutyRule", "Shared", "shares", "simulate"]
+__all__ = ["Device", "DutyRule", "Shared", "calibrate", "shares", "simulate"]
 
 Floats = NDArray[np.float64]
 
 NEVER: Final = float("inf")
 ROUNDING_S: Final = 1e-9
+LEAD: Final = 12
+HEADROOMS: Final = tuple(round(-0.6 + 0.05 * step, 2) for step in range(27))
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,38 @@ def shares(
     """Shares (windows,) by a policy; forecast: instant in s -> requests/s of the window that begins there."""
     starts = start_s + window_s * np.arange(windows)
     return rule.follow([forecast(float(start)) * service_s for start in starts])
+
+
+def calibrate(
+    forecast: Callable[[float], float],
+    past_s: ArrayLike,
+    service_s: float,
+    bound_s: float,
+    window_s: float,
+    device: Device,
+    late_pct: float = 1.0,
+    fallback: float = 0.0,
+) -> float:
+    """The smallest of HEADROOMS with which at most late_pct of the past's requests take longer than bound_s.
+
+    A p99 promise is late_pct 1. past_s: (n,) ascending instants in s; forecast: as in `shares`, the first LEAD windows
+    only fill its history. `fallback` when no headroom keeps the promise: a load that breaks it without any training
+    says nothing about headroom. Violations fall as headroom grows (to the grain of a step), so it is found by bisection.
+    """
+    past = np.asarray(past_s, dtype=np.float64)
+    windows = int((past[-1] - past[0]) // window_s) - LEAD if past.size else 0
+    if windows < 1:
+        return fallback
+    start = float(past[0]) + LEAD * window_s
+    inside = past[(past >= start) & (past < start + windows * window_s)]
+    utilisations = [forecast(start + window_s * window) * service_s for window in range(windows)]
+
+    def keeps(place: int) -> bool:
+        duty = DutyRule(headroom=HEADROOMS[place]).follow(utilisations)
+        return simulate(inside - start, service_s, duty, window_s, device).violation_pct(bound_s) <= late_pct
+
+    place = bisect_left(range(len(HEADROOMS)), True, key=keeps)
+    return HEADROOMS[place] if place < len(HEADROOMS) else fallback
 
 
 def simulate(arrivals_s: ArrayLike, service_s: ArrayLike, duty: ArrayLike, window_s: float, device: Device) -> Shared:

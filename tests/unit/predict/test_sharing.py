@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corun.errors import InputError
-from corun.predict.sharing import Device, DutyRule, shares, simulate
+from corun.predict.sharing import HEADROOMS, LEAD, Device, DutyRule, calibrate, shares, simulate
 from corun.stats import sojourn_times
 
 DEVICE = Device(service_speed=0.5, train_speed=0.5, step_s=0.1, batch=1)
@@ -115,3 +115,31 @@ def test_impossible_inputs_are_refused(arrivals: list[float], duty: list[float])
     """Arrivals that run backwards, no window, shares outside 0..1."""
     with pytest.raises(ValueError, match=r"arrivals|share"):
         simulate(arrivals, 0.1, duty, 1.0, DEVICE)
+
+
+def _late_pct(past: np.ndarray, headroom: float, bound_s: float) -> float:
+    start, windows = past[0] + LEAD, int(past[-1] - past[0]) - LEAD
+    duty = shares(lambda now: 40.0, 0.01, DutyRule(headroom=headroom), start, windows, 1.0)
+    inside = past[(past >= start) & (past < start + windows)]
+    return simulate(inside - start, 0.01, duty, 1.0, DEVICE).violation_pct(bound_s)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_calibration_takes_the_smallest_headroom_that_would_have_kept_the_promise(seed: int) -> None:
+    """The past keeps the promise with the headroom found and breaks it with the next smaller one."""
+    past = np.cumsum(np.random.default_rng(seed).exponential(1 / 40, 3000))
+    found = calibrate(lambda now: 40.0, past, 0.01, 0.06, 1.0, DEVICE)
+    place = HEADROOMS.index(found)
+    assert _late_pct(past, found, 0.06) <= 1.0
+    assert place == 0 or _late_pct(past, HEADROOMS[place - 1], 0.06) > 1.0
+
+
+def test_a_load_that_breaks_the_promise_alone_leaves_the_fallback() -> None:
+    """Service times above the bound are late whatever the trainer does: no headroom helps, none is invented."""
+    past = np.arange(0.0, 60.0, 0.1)
+    assert calibrate(lambda now: 10.0, past, 0.05, 0.04, 1.0, DEVICE, fallback=0.25) == 0.25
+
+
+def test_too_short_a_past_leaves_the_fallback() -> None:
+    """Fewer windows than the forecaster's history teach nothing."""
+    assert calibrate(lambda now: 10.0, np.arange(0.0, 5.0, 0.1), 0.01, 0.1, 1.0, DEVICE, fallback=0.1) == 0.1
