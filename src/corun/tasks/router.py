@@ -57,7 +57,6 @@ INFER, REPLY, OK = int(Kind.INFER), int(Kind.REPLY), int(Status.OK)
 PASSED_ON = frozenset({int(Kind.HELLO), int(Kind.CLOCK)})
 OF_ROUTER = 1 << 62
 TICK_S = 0.1
-FOREVER = -1.0
 RETRY_FIRST_NS = 50 * NS_PER_MS
 RETRY_MOST_NS = NS_PER_S
 LATENCIES = 8192
@@ -125,6 +124,7 @@ class Router:
         self._listener = self._listen(options.listen, self._accept)
         self.address = _bound(options.listen, self._listener)
         self._control = self._listen(options.control, self._accept_control) if options.control else None
+        self._commanders: set[socket.socket] = set()
 
     def _listen(self, address: Address, accept: Callable[[int], None]) -> socket.socket:
         sock = listen(address)
@@ -151,7 +151,7 @@ class Router:
         poll, handlers = self._epoll.poll, self._handlers
         next_tick = 0
         while not (self._stop_by_ns and self._finished()):
-            for fd, events in poll(TICK_S if self._busy() else FOREVER):
+            for fd, events in poll(TICK_S):
                 handler = handlers.get(fd)
                 if handler is not None:
                     handler(events)
@@ -159,13 +159,6 @@ class Router:
             if now >= next_tick:
                 next_tick = now + round(TICK_S * NS_PER_S)
                 self._tick(now)
-
-    def _busy(self) -> bool:
-        """Whether something may be due without anybody sending anything."""
-        routing = self.routing
-        if routing.outstanding or routing.waiting or self._stop_by_ns:
-            return True
-        return any(replica.state is not State.READY for replica in routing.replicas.values())
 
     def _tick(self, now: int) -> None:
         self.routing.expire(now)
@@ -194,6 +187,8 @@ class Router:
             client.close()
         for replica in list(routing.replicas.values()):
             self._disconnect(replica)
+        for sock in self._commanders:
+            sock.close()
         for sock, address in ((self._listener, self.options.listen), (self._control, self.options.control)):
             if sock is not None and address is not None:
                 sock.close()
@@ -406,6 +401,7 @@ class Router:
         assert self._control is not None
         while (sock := _accepted(self._control)) is not None:
             sock.setblocking(False)
+            self._commanders.add(sock)
             self._watch(sock.fileno(), EPOLLIN, partial(self._serve_control, sock, bytearray()))
 
     def _serve_control(self, sock: socket.socket, buffer: bytearray, _events: int) -> None:
@@ -424,6 +420,7 @@ class Router:
         except OSError as error:
             self._say(f"closed a control connection: {error}")
         self._unwatch(sock.fileno())
+        self._commanders.discard(sock)
         sock.close()
 
     def _told(self, line: bytes) -> Told:

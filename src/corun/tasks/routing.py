@@ -201,7 +201,7 @@ class Routing(Generic[ClientT, LinkT]):
         """The replica takes requests from now on; it starts with what waits."""
         if replica.state is State.DOWN:
             replica.state = State.READY
-            replica.last_pick = self._next_id
+            replica.last_pick = self._next_id - 1
             self._ready.append(replica)
         self._pump(now_ns)
 

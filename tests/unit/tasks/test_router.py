@@ -1,0 +1,362 @@
+"""The router over real sockets: servers that echo, misbehave or go away on one side, clients on the other."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import pytest
+
+from corun.clock import NS_PER_MS, now_ns
+from corun.errors import PeerClosed, RunFault
+from corun.tasks.commands import RouterControl
+from corun.tasks.router import Router, RouterOptions
+from corun.tasks.routing import Limits
+from corun.testing.ask import Asker
+from corun.testing.echo import Behaviour, EchoServer
+from corun.wire import Address, Kind, ReplyReader, Status, connect, pack_request
+from corun.wire.channel import Channel
+from corun.wire.messages import Hello, Load
+
+LOOPBACK = Address("tcp", "127.0.0.1", 0)
+
+
+class Stop:
+    """A StopSignal without the signals, for a router in a thread."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._read, self._write = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._read.fileno()
+
+    def request(self) -> None:
+        self._write.send(b"x")
+
+    def close(self) -> None:
+        self._read.close()
+        self._write.close()
+
+
+class Running:
+    """A router in a thread of this process, its control client, and what it said."""
+
+    def __init__(self, directory: Path, limits: Limits, finish_s: float) -> None:
+        self.said: list[str] = []
+        control = Address("unix", str(directory / "c.sock"))
+        self.router = Router(RouterOptions(LOOPBACK, control, "router", limits, finish_s), self.said.append)
+        self.stop = Stop()
+        self.control = RouterControl(control, timeout_s=20.0)
+        self.address = self.router.address
+        self._thread = threading.Thread(target=self.router.run, args=(self.stop,), daemon=True)
+        self._thread.start()
+
+    def add(self, name: str, address: Address) -> None:
+        self.control.add(name, address)
+        self.until(lambda figures: any(one.name == name and one.state == "ready" for one in figures.replicas))
+
+    def until(self, condition: Callable[[Any], bool]) -> Any:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            figures = self.control.stats()
+            if condition(figures):
+                return figures
+            time.sleep(0.005)
+        raise AssertionError(figures)
+
+    def join(self) -> None:
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        self.control.close()
+        self.stop.close()
+
+
+@pytest.fixture
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+    """Routers that end with the test."""
+    made: list[Running] = []
+
+    def make(finish_s: float = 0.2, **limits: int) -> Running:
+        made.append(Running(tmp_path_factory.mktemp("r"), Limits(**limits), finish_s))
+        return made[-1]
+
+    yield make
+    for client in Client.made:
+        client.sock.close()
+    Client.made.clear()
+    for one in made:
+        if one.stop.fileno() >= 0:
+            one.stop.request()
+            one.join()
+
+
+class Client:
+    """Sends frames with the ids it likes and collects the replies by id."""
+
+    made: ClassVar[list[Client]] = []
+
+    def __init__(self, address: Address) -> None:
+        self.made.append(self)
+        self.sock = connect(address)
+        self.sock.settimeout(20)
+        self.reader = ReplyReader()
+
+    def send(self, *ids: int, size: int = 100, stream: int = 0) -> None:
+        for id in ids:
+            self.sock.sendall(pack_request(Kind.INFER, stream, id, size, now_ns(), now_ns()) + bytes(size))
+
+    def replies(self, count: int) -> list[Any]:
+        found: list[Any] = []
+        while len(found) < count:
+            found += self.reader.receive(self.sock)
+        return found
+
+
+@contextmanager
+def silent_server() -> Iterator[tuple[Address, Callable[[], None]]]:
+    """Accepts, reads and never answers; the second value breaks its connections."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    socks: list[socket.socket] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                sock = listener.accept()[0]
+            except OSError:
+                return
+            socks.append(sock)
+            threading.Thread(target=_swallow, args=(sock,), daemon=True).start()
+
+    def die() -> None:
+        listener.close()
+        for sock in socks:
+            sock.shutdown(socket.SHUT_RDWR)
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield Address("tcp", "127.0.0.1", listener.getsockname()[1]), die
+    listener.close()
+
+
+def _swallow(sock: socket.socket) -> None:
+    try:
+        while sock.recv(65536):
+            pass
+    except OSError:
+        pass
+
+
+def test_clients_with_the_same_ids_get_their_own_replies(running: Callable[..., Running]) -> None:
+    """Ids and streams are the client's own on both sides, however the replies are shuffled on the way."""
+    router = running()
+    with EchoServer(Behaviour(shuffle=4)) as server:
+        router.add("a", server.address)
+        first, second = Client(router.address), Client(router.address)
+        first.send(7, 8, stream=1)
+        second.send(8, 7, stream=2)
+        mine, theirs = first.replies(2), second.replies(2)
+        assert {(frame.header.stream, frame.header.id) for frame in mine} == {(1, 7), (1, 8)}
+        assert {(frame.header.stream, frame.header.id) for frame in theirs} == {(2, 7), (2, 8)}
+        assert all(frame.header.status == Status.OK and len(frame.payload) == 40 for frame in mine + theirs)
+        assert all(frame.header.stamps[0] > 0 for frame in mine)
+
+
+def test_requests_are_spread_over_replicas(running: Callable[..., Running]) -> None:
+    """Two equal replicas get equal shares; large payloads arrive whole."""
+    router = running()
+    with EchoServer() as one, EchoServer() as two:
+        router.add("a", one.address)
+        router.add("b", two.address)
+        client = Client(router.address)
+        for id in range(10):
+            client.send(id, size=300_000)
+            assert client.replies(1)[0].header.id == id
+        assert (one.infers, two.infers) == (5, 5)
+
+
+def test_a_replica_that_dies_loses_nothing(running: Callable[..., Running]) -> None:
+    """What it had not answered is answered by the other one, and the death is counted."""
+    router = running()
+    with silent_server() as (address, die), EchoServer() as good:
+        router.add("bad", address)
+        client = Client(router.address)
+        client.send(*range(6))
+        router.until(lambda figures: figures.outstanding == 6)
+        router.add("good", good.address)
+        die()
+        assert sorted(frame.header.id for frame in client.replies(6)) == list(range(6))
+        figures = router.control.stats()
+        assert (figures.retried, figures.answered) == (6, {0: 6})
+        assert next(one.lost for one in figures.replicas if one.name == "bad") == 6
+
+
+def test_a_replica_that_sends_garbage_or_half_a_reply_is_left(running: Callable[..., Running]) -> None:
+    """Bytes that are no frame, and a connection closed inside one, cost one retry and no answer."""
+    for behaviour in (Behaviour(garbage_at=1), Behaviour(close_at=1)):
+        router = running()
+        with EchoServer(behaviour) as bad, EchoServer() as good:
+            router.add("bad", bad.address)
+            client = Client(router.address)
+            router.add("good", good.address)
+            client.send(*range(4))
+            assert sorted(frame.header.id for frame in client.replies(4)) == [0, 1, 2, 3]
+
+
+def test_a_replica_that_comes_back_is_used_again(running: Callable[..., Running]) -> None:
+    """Its connection is made anew, and what was held meanwhile is answered."""
+    router = running(hold_ns=30_000 * NS_PER_MS)
+    with EchoServer() as server:
+        router.add("a", server.address)
+        address = server.address
+    client = Client(router.address)
+    router.until(lambda figures: not figures.replicas[0].connected)
+    client.send(1)
+    with EchoServer(address=address):
+        assert client.replies(1)[0].header.status == Status.OK
+
+
+def test_a_drained_replica_is_forgotten_once_it_has_answered(running: Callable[..., Running]) -> None:
+    """Nothing new goes there; its last reply still arrives."""
+    router = running()
+    with EchoServer(Behaviour(delay_s=0.05)) as old, EchoServer() as new:
+        router.add("old", old.address)
+        client = Client(router.address)
+        client.send(1, 2)
+        router.until(lambda figures: figures.outstanding == 2)
+        router.add("new", new.address)
+        router.control.drain("old")
+        client.send(3)
+        assert {frame.header.status for frame in client.replies(3)} == {int(Status.OK)}
+        router.until(lambda figures: [one.name for one in figures.replicas] == ["new"])
+        assert (old.infers, new.infers) == (2, 1)
+
+
+def test_over_the_limit_the_answer_is_rejected(running: Callable[..., Running]) -> None:
+    """The router never holds more than it may; the rest is told at once, with a reason."""
+    router = running(requests=3)
+    with silent_server() as (address, _):
+        router.add("a", address)
+        client = Client(router.address)
+        client.send(0, 1, 2, 3, 4)
+        replies = client.replies(2)
+        assert [(frame.header.id, frame.header.status) for frame in replies] == [(3, 1), (4, 1)]
+        assert b"send fewer" in replies[0].payload
+
+
+def test_without_replicas_requests_end_not_loaded(running: Callable[..., Running]) -> None:
+    """After hold_ns the answer says that no replica is ready."""
+    router = running(hold_ns=NS_PER_MS)
+    with Asker(router.address) as asker:
+        answer = asker.ask(b"x")
+    assert answer.status == Status.NOT_LOADED
+    assert b"no replica is ready" in answer.payload
+
+
+def test_a_silent_replica_is_given_up(running: Callable[..., Running]) -> None:
+    """An answer that does not come within answer_ns ends EXPIRED; nobody waits for ever."""
+    router = running(answer_ns=20 * NS_PER_MS)
+    with silent_server() as (address, _), Asker(router.address) as asker:
+        router.add("a", address)
+        assert asker.ask(b"x").status == Status.EXPIRED
+
+
+def test_a_client_that_sends_garbage_harms_nobody_else(running: Callable[..., Running]) -> None:
+    """Its connection is closed with a reason; the others are served."""
+    router = running()
+    with EchoServer() as server:
+        router.add("a", server.address)
+        bad, good = Client(router.address), Client(router.address)
+        bad.sock.sendall(b"GET / HTTP/1.1\r\n".ljust(64, b"\n"))
+        with pytest.raises(PeerClosed):
+            bad.replies(1)
+        good.send(1)
+        assert good.replies(1)[0].header.status == Status.OK
+    assert any("not a corun frame" in line for line in router.said)
+
+
+def test_a_client_that_leaves_is_not_answered(running: Callable[..., Running]) -> None:
+    """Its reply is dropped and counted as answered; the router goes on."""
+    router = running()
+    with EchoServer(Behaviour(delay_s=0.05)) as server:
+        router.add("a", server.address)
+        client = Client(router.address)
+        client.send(1)
+        router.until(lambda figures: figures.received == 1)
+        client.sock.close()
+        router.until(lambda figures: figures.answered == {0: 1} and figures.clients == 0)
+
+
+def test_hello_and_clock_are_a_replicas_and_load_is_refused(running: Callable[..., Running]) -> None:
+    """A client finds the model behind the router; without one it sees the router itself; nobody changes the model."""
+    router = running()
+    client = Client(router.address)
+    channel = Channel(client.sock)
+    assert channel.request(Hello("client"))["model"] == ""
+    with EchoServer(Behaviour(clock_offset_ns=10**12)) as server:
+        router.add("a", server.address)
+        assert channel.request(Hello("client"))["model"] == "null"
+        assert channel.clock_offset(2).offset_ns > 10**11
+        with pytest.raises(RunFault, match="does not answer LOAD"):
+            channel.request(Load("other"))
+        assert server.loads == []
+
+
+def test_latencies_are_numbered_so_that_nothing_is_counted_twice(running: Callable[..., Running]) -> None:
+    """`since` the last answer's `next_latency` gives each latency once."""
+    router = running()
+    with EchoServer() as server:
+        router.add("a", server.address)
+        client = Client(router.address)
+        client.send(1, 2)
+        client.replies(2)
+        figures = router.until(lambda figures: figures.next_latency == 2)
+        assert len(figures.latencies_us) == 2
+        client.send(3)
+        client.replies(1)
+        later = router.until(lambda figures: figures.next_latency == 3)
+        assert len(router.control.stats(figures.next_latency).latencies_us) == 1
+        assert router.control.stats(later.next_latency).latencies_us == []
+
+
+def test_bad_commands_are_answered_with_a_sentence(running: Callable[..., Running]) -> None:
+    """Unknown names, taken names, bad addresses and lines that are no command change nothing."""
+    router = running()
+    with pytest.raises(RunFault, match='no replica "x"'):
+        router.control.drain("x")
+    router.control.add("a", Address("tcp", "127.0.0.1", 9))
+    with pytest.raises(RunFault, match="already is"):
+        router.control.add("a", Address("tcp", "127.0.0.1", 9))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(router.control.address.target)
+        for line in (b"nonsense\n", b'{"do": "explode"}\n', b'{"do": "add", "name": "b", "address": "nowhere"}\n'):
+            sock.sendall(line)
+            told = msgspec.json.decode(sock.recv(65536))
+            assert not told["ok"]
+            assert told["error"]
+    assert [one.name for one in router.control.stats().replicas] == ["a"]
+    router.control.remove("a")
+    assert router.control.stats().replicas == []
+
+
+def test_stopping_finishes_what_is_open(running: Callable[..., Running]) -> None:
+    """After a stop new requests are answered DRAINING and the one under way with its result."""
+    router = running(finish_s=20.0)
+    with EchoServer(Behaviour(delay_s=0.3)) as server:
+        router.add("a", server.address)
+        client = Client(router.address)
+        client.send(1)
+        router.until(lambda figures: figures.outstanding == 1)
+        router.stop.request()
+        deadline = time.monotonic() + 20
+        while not any("finishes" in line for line in router.said) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        client.send(2)
+        assert {frame.header.id: frame.header.status for frame in client.replies(2)} == {2: 5, 1: 0}
+    router.join()
