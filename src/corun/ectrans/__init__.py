@@ -1,0 +1,1 @@
+"""A translation Transformer split into encoder and decoder parts, served as a pipeline."""
