@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "corun"
 
 LEVELS = {
     0: {"clock", "errors", "process"},
-    1: {"wire", "run", "stats", "arrivals", "registry", "images", "torch_tools"},
+    1: {"wire", "run", "stats", "arrivals", "registry", "images", "torch_tools", "weights"},
     2: {"serve", "train", "load", "share", "profile", "predict"},
     3: {"llm", "ectrans", "tasks"},
     4: {"launch", "report", "plan"},
@@ -35,6 +35,7 @@ HOMES = {
     "pandas": {"report", "predict", "run"},
     "pyarrow": {"report"},
     "pydantic": {"run"},
+    "docker": {"tasks"},
 }
 ANYWHERE = {"testing", "__init__"}
 
