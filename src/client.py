@@ -41,6 +41,15 @@ def main(
     priority: Annotated[str, typer.Option(help="none, auto or fifo (SCHED_FIFO)")] = "none",
     cores: Annotated[str, typer.Option(help="cores this client may run on, e.g. 1 or 0,1")] = "",
     wait: Annotated[float, typer.Option(min=0, help="seconds to wait for a server that is starting")] = 0.0,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="a generated answer in one piece, not token by token")
+    ] = False,
+    deadline_ms: Annotated[
+        int, typer.Option(min=0, help="the server ends a request so long after its due instant; 0 = none")
+    ] = 0,
+    cancel_after_ms: Annotated[
+        int, typer.Option(min=0, help="take a request back so long after it was sent; 0 = never")
+    ] = 0,
     drain_timeout: Annotated[float, typer.Option(min=0, help="seconds to wait for the last replies")] = 10.0,
 ) -> None:
     """Send one request at a time and record every one; prints sojourn, response and slip."""
@@ -70,6 +79,9 @@ def main(
                 priority=priority,
                 cores=cores,
                 wait_s=wait,
+                whole=whole,
+                deadline_ms=deadline_ms,
+                cancel_after_ms=cancel_after_ms,
                 drain_timeout_s=drain_timeout,
                 one_at_a_time=True,
                 after_reply=after_reply,

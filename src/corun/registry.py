@@ -225,5 +225,10 @@ def request_payloads(spec: str, options: DataOptions) -> Sequence[Payload]:
     """Payloads of a data set given as on the command line."""
     from dataclasses import replace
 
+def fitting_data(spec: str, task: str) -> str:
+    """The data set asked for; a model that generates text gets `text` in place of the default pictures."""
+    return "text" if task == "generation" and spec in ("sample", "digits") else spec
+
+
     source, root = resolve_data(spec)
     return source.requests(replace(options, root=root or options.root))

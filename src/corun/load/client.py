@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corun.clock import NS_PER_S, anchor
+from corun.clock import NS_PER_MS, NS_PER_S, anchor
 from corun.errors import InputError, WireError
 from corun.load import target as targets
+from corun.load.cancel import CancellingSender
 from corun.load.closed import ClosedLoop
 from corun.load.ring import Context, Metadata, RingWriter
 from corun.load.sender import DRAIN_TIMEOUT_S, Sender
@@ -31,7 +32,7 @@ from corun.load.target import Target
 from corun.load.timing import Timing, Waiter, make_waiter
 from corun.load.work import UNPLANNED_NS, Counts, Progress, Watch, Work
 from corun.registry import Payload
-from corun.wire import connect
+from corun.wire import connect, request_flags
 from corun.wire.messages import Arm
 
 FREE_RATE = 20_000
@@ -45,7 +46,9 @@ class ClientOptions:
     service: name of the service in files and tables. one_at_a_time: one request in flight, else open loop.
     after_reply: with one in flight, take the gaps of the schedule as rests after each reply, as the original
     did, instead of keeping its instants. think_ns: rest after each reply where the schedule has no instants.
-    rate: as asked, for the tables; 0 = trace. drain_timeout_s: patience after the segment's end.
+    rate: as asked, for the tables; 0 = trace. drain_timeout_s: patience after the segment's end. tokens: ask a model
+    that generates for each token as it is made. deadline_ms, cancel_after_ms: the server shall end a request so long
+    after its intended instant, and this client takes it back so long after it was sent; 0 = never.
     """
 
     service: str
@@ -58,6 +61,9 @@ class ClientOptions:
     after_reply: bool = False
     think_ns: int = 0
     drain_timeout_s: float = DRAIN_TIMEOUT_S
+    tokens: bool = False
+    deadline_ms: int = 0
+    cancel_after_ms: int = 0
 
     def __post_init__(self) -> None:
         if not self.service or "/" in self.service:
@@ -120,14 +126,30 @@ class Client:
         self, arm: Arm, work: Work, ring: RingWriter, rests_ns: list[int] | None
     ) -> tuple[Sender | ClosedLoop, Waiter | None]:
         assert self._sock is not None
-        finish_by = arm.stop_at_ns + round(self.options.drain_timeout_s * NS_PER_S)
-        if self.options.one_at_a_time:
+        options = self.options
+        finish_by = arm.stop_at_ns + round(options.drain_timeout_s * NS_PER_S)
+        flags, cancel_after_ns = (
+            request_flags(options.tokens, options.deadline_ms),
+            options.cancel_after_ms * NS_PER_MS,
+        )
+        if options.one_at_a_time:
             loop = ClosedLoop(
-                self._sock, work, ring, self.timing, arm.start_at_ns, arm.stop_at_ns, finish_by, rests_ns
+                self._sock,
+                work,
+                ring,
+                self.timing,
+                arm.start_at_ns,
+                arm.stop_at_ns,
+                finish_by,
+                rests_ns,
+                flags,
+                cancel_after_ns,
             )
             return loop, None
         waiter = make_waiter(self.timing)
-        return Sender(self._sock, work, ring, waiter, finish_by), waiter
+        if cancel_after_ns:
+            return CancellingSender(self._sock, work, ring, waiter, finish_by, flags, cancel_after_ns), waiter
+        return Sender(self._sock, work, ring, waiter, finish_by, flags), waiter
 
     def progress(self) -> Progress | None:
         """Counters of the armed or running segment."""

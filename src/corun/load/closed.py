@@ -22,7 +22,17 @@ from corun.errors import WireError
 from corun.load.ring import RingWriter, first_class
 from corun.load.timing import Timing, sleep_until_ns
 from corun.load.work import Counts, Progress, Watch, Work, count, undisturbed
-from corun.wire import REQUEST_SIZE, Frame, Kind, ReplyHeader, ReplyReader, Status, pack_request_into
+from corun.wire import (
+    PART,
+    REQUEST_SIZE,
+    Frame,
+    Kind,
+    ReplyHeader,
+    ReplyReader,
+    Status,
+    number_in,
+    pack_request_into,
+)
 
 LOOK_EVERY_NS = 20 * NS_PER_MS
 
@@ -32,7 +42,8 @@ class ClosedLoop:
 
     rests_ns: None = paced by the work's intended instants; else free-running, resting that long after each
     reply (in turn, over and over), until stop_at_ns or as many requests as the ring has slots.
-    finish_by_ns: what is outstanding then is LOST.
+    finish_by_ns: what is outstanding then is LOST. flags: of every request. cancel_after_ns: a request is taken back
+    when it is not answered so long after it was sent; 0 = never.
     """
 
     def __init__(
@@ -45,6 +56,8 @@ class ClosedLoop:
         stop_at_ns: int,
         finish_by_ns: int,
         rests_ns: Sequence[int] | None = None,
+        flags: int = 0,
+        cancel_after_ns: int = 0,
     ) -> None:
         self._sock = sock
         self._fd = sock.fileno()
@@ -55,6 +68,8 @@ class ClosedLoop:
         self._stop_at = stop_at_ns
         self._finish_by = finish_by_ns
         self._rests = rests_ns
+        self._flags = flags
+        self._cancel_after = cancel_after_ns
         self._watches: dict[int, Watch] = {}
         self._poll = select.poll()
         self._looked_at = 0
@@ -140,14 +155,28 @@ class ClosedLoop:
         if self._rests is not None:
             ring.due(index, work.ids[index], due, work.stream, payload_of)
         start = now_ns()
-        pack_request_into(self._header, Kind.INFER, work.stream, work.ids[index], len(payload), due, start)
+        pack_request_into(
+            self._header, Kind.INFER, work.stream, work.ids[index], len(payload), due, start, 0, self._flags
+        )
         ring.tx(index, wake, start, 0)
         if not self._hand_over(payload):
             return
         ring.tx(index, wake, start, now_ns())
         self._sent += 1
-        while self._answered < self._sent and not self._fault and self._patience_ns():
-            self._look(self._patience_ns())
+        if self._cancel_after:
+            self._await_reply(start + self._cancel_after)
+            if self._answered < self._sent and not self._fault:
+                pack_request_into(self._header, Kind.CANCEL, work.stream, work.ids[index], 0, 0, now_ns())
+                self._hand_over(b"")
+        self._await_reply()
+
+    def _await_reply(self, until_ns: int | None = None) -> None:
+        """Until it is here, the instant has come, or patience ends."""
+        while self._answered < self._sent and not self._fault:
+            left_ns = self._patience_ns() if until_ns is None else min(self._patience_ns(), until_ns - now_ns())
+            if left_ns <= 0:
+                return
+            self._look(left_ns)
 
     def _hand_over(self, payload: bytes) -> bool:
         parts = [memoryview(self._header), memoryview(payload)]
@@ -183,6 +212,11 @@ class ClosedLoop:
         if not outstanding or header.id != self._work.ids[index] or header.stream != self._work.stream:
             self._strays += 1
             return
+        if header.flags:
+            if header.flags & PART:
+                self._ring.token(index, frame.t_done_ns)
+                return
+            self._ring.tokens(index, number_in(header.flags))
         self._ring.rx(
             index,
             header.status,

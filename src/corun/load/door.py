@@ -59,6 +59,9 @@ class Flags:
     one_at_a_time: bool = False
     after_reply: bool = False
     think_s: float = 0.0
+    whole: bool = False
+    deadline_ms: int = 0
+    cancel_after_ms: int = 0
 
 
 def run(flags: Flags) -> None:
@@ -74,7 +77,8 @@ def run(flags: Flags) -> None:
         target = targets.find(address, flags.model, options, flags.wait_s)
         size = flags.image_size or target.image_size or DEFAULT_IMAGE_SIZE
         payloads = registry.request_payloads(
-            flags.data, registry.DataOptions(image_size=size, count=flags.count, seed=flags.seed)
+            registry.fitting_data(flags.data, target.task),
+            registry.DataOptions(image_size=size, count=flags.count, seed=flags.seed),
         )
         schedule = _schedule(flags, len(payloads))
         client = Client(_options(flags, target), target, payloads, timing)
@@ -146,6 +150,9 @@ def _options(flags: Flags, target: Target) -> ClientOptions:
         one_at_a_time=flags.one_at_a_time,
         after_reply=flags.after_reply,
         think_ns=round(flags.think_s * NS_PER_S),
+        tokens=target.generates and not flags.whole,
+        deadline_ms=flags.deadline_ms,
+        cancel_after_ms=flags.cancel_after_ms,
         drain_timeout_s=flags.drain_timeout_s,
     )
 

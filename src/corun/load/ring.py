@@ -6,6 +6,8 @@
           status u32 | batch u32 | t_rx i64                       written when the reply is here
           | reply_len u32 | answer i32
           | 10 x server stamp i64
+          t_first_token i64 | t_last_token i64                    written as tokens arrive, where they do
+          | tokens u32 | pad
 
 A slot is written in place by two `pack_into`, 0.4 µs together; the pages belong to the kernel, so a client that
 is killed keeps every record it made. UNSENT marks a request that was never begun, LOST one that was sent and
@@ -36,7 +38,7 @@ from corun.run.table import TableWriter
 from corun.wire import STAMPS, Status
 
 MAGIC = b"CORUNRNG"
-VERSION = 2
+VERSION = 3
 UNSENT = 101
 NO_ANSWER = -1
 CLASSES_BYTES = 40
@@ -59,6 +61,10 @@ SLOT_DTYPE = np.dtype(
         ("reply_len", "<u4"),
         ("answer", "<i4"),
         ("stamps", "<i8", (len(STAMPS),)),
+        ("t_first_token", "<i8"),
+        ("t_last_token", "<i8"),
+        ("tokens", "<u4"),
+        ("pad", "<u4"),
     ]
 )
 SLOT_SIZE = SLOT_DTYPE.itemsize
@@ -71,7 +77,9 @@ _DUE = struct.Struct("<QqII")
 _WAKE = struct.Struct("<q")
 _TX = struct.Struct("<qqqI")
 _RX = struct.Struct("<IIqIi10q")
+_INSTANT, _COUNT = struct.Struct("<q"), struct.Struct("<I")
 _WAKE_AT, _STATUS_AT = SLOT_DTYPE.fields["t_wake"][1], SLOT_DTYPE.fields["status"][1]  # type: ignore[index]
+_FIRST_AT, _LAST_AT, _TOKENS_AT = (SLOT_DTYPE.fields[name][1] for name in ("t_first_token", "t_last_token", "tokens"))  # type: ignore[index]
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,17 @@ class RingWriter:
             answer,
             *stamps,
         )
+
+    def token(self, index: int, t_rx_ns: int) -> None:
+        """A part of the reply is here: one more token."""
+        at = self.offset + index * SLOT_SIZE
+        if not _INSTANT.unpack_from(self.buffer, at + _FIRST_AT)[0]:
+            _INSTANT.pack_into(self.buffer, at + _FIRST_AT, t_rx_ns)
+        _INSTANT.pack_into(self.buffer, at + _LAST_AT, t_rx_ns)
+
+    def tokens(self, index: int, count: int) -> None:
+        """How many tokens the whole reply has."""
+        _COUNT.pack_into(self.buffer, self.offset + index * SLOT_SIZE + _TOKENS_AT, count)
 
     def lose_unsent(self, last: int) -> None:
         """Mark every request before position `last` that was never begun as LOST."""
@@ -322,6 +341,10 @@ class _Slot(NamedTuple):
     reply_len: int
     answer: int
     stamps: NDArray[np.int64]
+    t_first_token: int
+    t_last_token: int
+    tokens: int
+    pad: int
 
 
 def client_rows(recording: Recording, context: Context | None = None) -> Iterator[list[Any]]:
@@ -359,6 +382,17 @@ def _measured(slot: _Slot, metadata: Metadata) -> dict[str, Any]:
         **_local_stamps(slot, metadata.clock),
         "label": label,
         "answer": slot.answer if answered else None,
+        **_tokens(slot),
+    }
+
+
+def _tokens(slot: _Slot) -> dict[str, Any]:
+    """Tokens and their times; nothing for a reply without any."""
+    first, last, count = slot.t_first_token, slot.t_last_token, slot.tokens
+    return {
+        "tokens_out": count or None,
+        "ttft_ms": (first - slot.t_intended) / NS_PER_MS if first else None,
+        "tpot_ms": (last - first) / NS_PER_MS / (count - 1) if first and count > 1 else None,
     }
 
 

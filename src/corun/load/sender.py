@@ -30,7 +30,7 @@ from corun.errors import WireError
 from corun.load.ring import RingWriter, first_class
 from corun.load.timing import Waiter
 from corun.load.work import Counts, Progress, Watch, Work, count, undisturbed
-from corun.wire import REQUEST_SIZE, Kind, ReplyHeader, ReplyReader, Status, pack_request_into
+from corun.wire import PART, REQUEST_SIZE, Kind, ReplyHeader, ReplyReader, Status, number_in, pack_request_into
 
 DRAIN_TIMEOUT_S = 10.0
 
@@ -39,6 +39,7 @@ class Sender:
     """Sends one segment's work over one connection and records it.
 
     The connection is this sender's alone until `run` returns. finish_by_ns: what is outstanding then is LOST.
+    flags: of every request (corun.wire.request_flags).
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Sender:
         ring: RingWriter,
         waiter: Waiter,
         finish_by_ns: int,
+        flags: int = 0,
     ) -> None:
         ring.fill(work.ids, work.intended_ns, work.stream, work.payload_of)
         self._sock = sock
@@ -56,6 +58,7 @@ class Sender:
         self._ring = ring
         self._waiter = waiter
         self._finish_by = finish_by_ns
+        self._flags = flags
         self._watches: dict[int, Watch] = {}
         self._reader = ReplyReader()
         self._header = bytearray(REQUEST_SIZE)
@@ -149,7 +152,15 @@ class Sender:
         payload = self._views[work.payload_of[index]]
         wake, start = self._wakes[index], now_ns()
         pack_request_into(
-            header, Kind.INFER, work.stream, work.ids[index], len(payload), work.intended_ns[index], start
+            header,
+            Kind.INFER,
+            work.stream,
+            work.ids[index],
+            len(payload),
+            work.intended_ns[index],
+            start,
+            0,
+            self._flags,
         )
         count = self._hand_over((header, payload))
         if count == REQUEST_SIZE + len(payload):
@@ -210,6 +221,8 @@ class Sender:
             if index >= self._head or header.stream != self._work.stream:
                 self._strays += 1
                 continue
+            if header.flags and self._is_part(index, header.flags, frame.t_done_ns):
+                continue
             del self._slot_of[header.id]
             self._ring.rx(
                 index,
@@ -222,6 +235,14 @@ class Sender:
             )
             self._answered += 1
             self._ok += header.status == Status.OK
+
+    def _is_part(self, index: int, flags: int, t_done_ns: int) -> bool:
+        """Record tokens; True when more replies to this request follow."""
+        if flags & PART:
+            self._ring.token(index, t_done_ns)
+            return True
+        self._ring.tokens(index, number_in(flags))
+        return False
 
     def _attend(self, fd: int) -> None:
         finish_by = self._watches[fd].attend(self.progress())

@@ -25,6 +25,7 @@ ANSWER_S = 10.0
 LOAD_S = 600.0
 LOOK_EVERY_S = 0.1
 LOOPBACK = ("127.", "::1", "localhost")
+GENERATION = "generation"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class Target:
     same_clock: bool
     body: Mapping[str, Any]
 
+
+    @property
+    def task(self) -> str:
+        """What its model does, "" when it did not say."""
+        info = self.body.get("info")
+        return str(info.get("task") or "") if isinstance(info, Mapping) else ""
+
+    @property
+    def generates(self) -> bool:
+        """Whether its model makes an answer token by token."""
+        return self.task == GENERATION
 
 def find(address: Address, model: str = "", options: Mapping[str, Any] | None = None, wait_s: float = 0.0) -> Target:
     """The server at `address`, made to serve `model` if it has another one or none; "" takes what it has.

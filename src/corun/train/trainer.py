@@ -341,6 +341,27 @@ def _optimizer(options: TrainOptions, module: Any) -> Any:
     make: dict[str, Callable[[], Any]] = {
         "sgd": lambda: torch.optim.SGD(
             parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+    if not source.labelled or source.training is None or task != "classification":
+        able = [name for name, row in registry.datasets().items() if row.labelled]
+        raise InputError(
+            f'publish validates classifiers on labelled requests; data set "{options.data}" has none for {task}',
+            [f"data sets with labelled requests: {', '.join(able) or 'none'}"],
+        )
+    return source.training(
+        registry.DataOptions(
+            root=root,
+            image_size=options.image_size or registry.DataOptions.image_size,
+            count=options.count,
+            seed=options.seed,
+            task=task,
+            num_classes=options.num_classes,
+            split="arrivals",
+        )
+    )
+
+
+def _training_data(options: TrainOptions, task: str, image_size: int) -> tuple[Any, int | None]:
+    source, root = registry.resolve_data(registry.fitting_data(options.data, task))
         ),
         "adam": lambda: torch.optim.Adam(parameters, options.lr, weight_decay=options.weight_decay),
         "adamw": lambda: torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay),
