@@ -13,6 +13,7 @@ from corun.arrivals.processes import (
     Process,
     Ramp,
     Sine,
+    Step,
 )
 from corun.arrivals.recorded import MinuteCounts, Replay, Trace
 from corun.arrivals.schedule import ROW, UNPLANNED_NS, Schedule, Stream, join, load, make, merge, save
@@ -38,6 +39,7 @@ __all__ = [
     "Report",
     "Schedule",
     "Sine",
+    "Step",
     "Stream",
     "Trace",
     "azure_default",

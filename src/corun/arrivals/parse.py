@@ -33,6 +33,7 @@ from corun.arrivals.processes import (
     Process,
     Ramp,
     Sine,
+    Step,
 )
 from corun.arrivals.recorded import MinuteCounts, Replay, Trace
 from corun.arrivals.traces import azure_default, read
@@ -79,6 +80,7 @@ PROCESSES: Final[dict[str, Callable[..., Process]]] = {
     "ramp": Ramp,
     "replay": _replay,
     "sine": Sine,
+    "step": Step,
     "trace": _trace,
 }
 """Every process that can be named, with what builds it; its parameters are the builder's."""
@@ -89,7 +91,7 @@ ALIASES: Final = {"burst": "mmpp", "on-off": "mmpp", "saturation": "offline", "c
 def parse(name: str, **parameters: Value) -> Process:
     """The process of that name with these parameters.
 
-    `exact=True` (or a number) conditions poisson, sine and ramp on their count.
+    `exact=True` (or a number) conditions poisson, sine, ramp and step on their count.
 
     Raises:
         InputError: an unknown name or parameter (with the nearest known one), a missing or impossible value.

@@ -311,6 +311,42 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Step:
+    """Poisson whose rate jumps from `rate` to `high` requests a second at `from_s` and back at `until_s`.
+
+    `rate` is the rate outside the step: the mean over a segment depends on how much of it the step fills.
+    """
+
+    name: ClassVar[str] = "step"
+    rate: float
+    high: float
+    from_s: float
+    until_s: float
+
+    def __post_init__(self) -> None:
+        ordered = 0 <= self.from_s < self.until_s < math.inf
+        require(
+            self.name,
+            positive(self.rate, "rate", "requests/s"),
+            positive(self.high, "high", "requests/s"),
+            (ordered, f"from_s and until_s must ascend from 0 s on, not {self.from_s!r} and {self.until_s!r}"),
+        )
+
+    @property
+    def peak(self) -> float:
+        return max(self.rate, self.high)
+
+    def intensity(self, at_s: Seconds, duration_s: float) -> Seconds:
+        return np.where((at_s >= self.from_s) & (at_s < self.until_s), self.high, self.rate)
+
+    def cumulative(self, at_s: Seconds, duration_s: float) -> Seconds:
+        return self.rate * at_s + (self.high - self.rate) * (np.clip(at_s, self.from_s, self.until_s) - self.from_s)
+
+    def draw(self, rng: np.random.Generator, duration_s: float) -> Seconds:
+        return _thin(rng, self, duration_s)
+
+
+@dataclass(frozen=True)
 class ExactCount:
     """A Poisson, sine or ramp process *conditioned on its count*: exactly N arrivals, placed as the process would.
 
@@ -328,7 +364,7 @@ class ExactCount:
             f"{name}-exact",
             (
                 isinstance(self.process, Modulated),
-                f"an exact count exists for poisson, sine and ramp, not for {name}",
+                f"an exact count exists for poisson, sine, ramp and step, not for {name}",
             ),
             counted(0 if self.count is None else self.count, "count", least=0),
         )

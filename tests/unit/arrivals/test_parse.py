@@ -24,6 +24,7 @@ from corun.arrivals.processes import (
     Process,
     Ramp,
     Sine,
+    Step,
 )
 from corun.arrivals.recorded import MinuteCounts, Replay, Trace
 from corun.arrivals.schedule import Stream, make, save
@@ -37,6 +38,7 @@ NAMED: list[tuple[dict[str, object], Process]] = [
     ({"name": "burst", "rate": 10}, Mmpp(10.0)),
     ({"name": "sine", "rate": 10, "amplitude": 1, "period_s": 5}, Sine(10.0, 1.0, 5.0)),
     ({"name": "ramp", "first": 0, "last": 9}, Ramp(0.0, 9.0)),
+    ({"name": "step", "rate": 10, "high": 40, "from_s": 5, "until_s": 9}, Step(10.0, 40.0, 5.0, 9.0)),
     ({"name": "closed", "streams": 4, "think_s": 0.5}, ClosedLoop(4, 0.5)),
     ({"name": "offline", "count": 100}, Offline(100)),
     ({"name": "saturation", "count": 100.0}, Offline(100)),
@@ -116,7 +118,7 @@ REFUSED: list[tuple[str, dict[str, float | int | str | bool], str]] = [
     ("offline", {"count": 1.5}, "count must be a whole number"),
     ("trace", {"path": 3}, "path must be text"),
     ("azure", {"rate": 5, "fit": "thinn"}, 'did you mean "thin"'),
-    ("gamma", {"rate": 1, "shape": 1, "exact": True}, "an exact count exists for poisson, sine and ramp"),
+    ("gamma", {"rate": 1, "shape": 1, "exact": True}, "an exact count exists for poisson, sine, ramp and step"),
     ("poisson", {"rate": 1, "exact": "yes"}, "count must be a whole number"),
     ("poisson", {"rate": 1, "exact": -3}, "count must be in 0"),
 ]
@@ -175,7 +177,8 @@ def test_descriptions_are_plain(process: Process) -> None:
 
 
 @pytest.mark.parametrize(
-    "process", [Poisson(3.0), Gamma(3.0, 2.0), Mmpp(3.0), Sine(3.0), Ramp(1.0, 2.0), Constant(3.0)]
+    "process",
+    [Poisson(3.0), Gamma(3.0, 2.0), Mmpp(3.0), Sine(3.0), Ramp(1.0, 2.0), Step(1.0, 2.0, 3.0, 4.0), Constant(3.0)],
 )
 def test_a_description_names_the_process_again(process: Process) -> None:
     """Synthetic processes survive the way through a manifest."""

@@ -22,6 +22,7 @@ from corun.arrivals.processes import (
     Process,
     Ramp,
     Sine,
+    Step,
 )
 from corun.arrivals.validator import cv, dispersion, lag1
 from corun.errors import InputError
@@ -42,6 +43,7 @@ OPEN = st.one_of(
     st.builds(Mmpp, RATES, st.floats(0.01, 5), st.floats(0.01, 5), st.floats(0, 1)),
     st.builds(Sine, RATES, st.floats(0, 1), st.floats(0.1, 100), st.floats(-2, 2)),
     st.builds(Ramp, RATES, RATES),
+    st.builds(Step, RATES, RATES, st.floats(0, 10), st.floats(11, 40)),
     st.builds(ExactCount, st.builds(Poisson, RATES)),
     st.builds(Legacy, RATES),
 )
@@ -200,16 +202,27 @@ def test_sine_and_ramp_follow_their_intensity() -> None:
     assert (ramp >= 100.0).sum() == pytest.approx(100 * 70, rel=0.04)
 
 
+def test_a_step_is_poisson_at_one_rate_inside_and_at_another_outside() -> None:
+    """The counts before, in and after the step are those of their rates, within 4 standard deviations."""
+    stamps = Step(20.0, 80.0, 50.0, 150.0).draw(rng(3), 200.0)
+    inside = ((stamps >= 50.0) & (stamps < 150.0)).sum()
+    assert inside == pytest.approx(8000, abs=4 * np.sqrt(8000))
+    assert stamps.size - inside == pytest.approx(2000, abs=4 * np.sqrt(2000))
+
+
 @given(
     st.one_of(
         st.builds(Poisson, RATES),
         st.builds(Sine, RATES, st.floats(0, 1), st.floats(1, 100), st.floats(-1, 1)),
         st.builds(Ramp, RATES, RATES),
+        st.builds(Step, RATES, RATES, st.floats(0, 10), st.floats(11, 40)),
     ),
     st.floats(1, 100),
 )
 @settings(max_examples=60, deadline=None)
-def test_cumulative_is_the_integral_of_the_intensity(process: Poisson | Sine | Ramp, duration_s: float) -> None:
+def test_cumulative_is_the_integral_of_the_intensity(
+    process: Poisson | Sine | Ramp | Step, duration_s: float
+) -> None:
     """The closed form agrees with a numerical integral, never falls, and the intensity never exceeds the peak."""
     at_s = np.linspace(0.0, duration_s, 20_001)
     intensity = process.intensity(at_s, duration_s)
@@ -263,6 +276,8 @@ REFUSED = [
     (Sine, {"rate": 1.0, "phase": float("nan")}, "phase must be a number"),
     (Ramp, {"first": 0.0, "last": 0.0}, "nothing would ever arrive"),
     (Ramp, {"first": -1.0, "last": 5.0}, "at least 0"),
+    (Step, {"rate": 1.0, "high": 2.0, "from_s": 5.0, "until_s": 5.0}, "must ascend"),
+    (Step, {"rate": 1.0, "high": 0.0, "from_s": 1.0, "until_s": 5.0}, "high must be above 0"),
     (ClosedLoop, {"streams": 0}, "streams must be in 1"),
     (ClosedLoop, {"think_s": float("nan")}, "think_s"),
     (Offline, {"count": MAX_ARRIVALS + 1}, "count must be in 1"),

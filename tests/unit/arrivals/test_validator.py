@@ -21,6 +21,7 @@ from corun.arrivals.processes import (
     Process,
     Ramp,
     Sine,
+    Step,
 )
 from corun.arrivals.recorded import MinuteCounts, Replay, Trace
 from corun.arrivals.validator import KS_EXPONENTIAL, Report, _ks, cv, dispersion, lag1, validate
@@ -114,6 +115,7 @@ GOOD = [
     Mmpp(100.0, 0.2, 0.2, 0.3),
     Sine(100.0, 0.9, 30.0),
     Ramp(0.0, 200.0),
+    Step(50.0, 150.0, 60.0, 120.0),
     ExactCount(Poisson(100.0)),
     ExactCount(Ramp(10.0, 100.0)),
     Offline(50),
