@@ -115,6 +115,8 @@ def preset(network: Network) -> Preset:
 class Classifier(torch_tools.ImageServable):
     """A classifier that answers with its top five classes."""
 
+    unserved = AUX_PREFIXES
+
     def __init__(self, module: torch.nn.Module, options: ModelOptions, info: ServableInfo, how: Preset) -> None:
         super().__init__(module, options, info)
         self.how = how

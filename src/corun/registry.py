@@ -138,13 +138,17 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set: request payloads for clients (no torch) and a map-style torch data set for trainers."""
+    """One data set: request payloads for clients (no torch) and a map-style torch data set for trainers.
+
+    labelled: requests carry their class, and `training` has them in their order as split "arrivals".
+    """
 
     name: str
     tasks: frozenset[str]
     doc: str
     requests: Callable[[DataOptions], list[Payload]]
     training: Callable[[DataOptions], Any] | None
+    labelled: bool = False
 
 
 def home() -> Path:
@@ -221,14 +225,14 @@ def resolve_data(spec: str) -> tuple[Dataset, Path | None]:
     return dataset(spec), None
 
 
-def request_payloads(spec: str, options: DataOptions) -> Sequence[Payload]:
-    """Payloads of a data set given as on the command line."""
-    from dataclasses import replace
-
 def fitting_data(spec: str, task: str) -> str:
     """The data set asked for; a model that generates text gets `text` in place of the default pictures."""
     return "text" if task == "generation" and spec in ("sample", "digits") else spec
 
+
+def request_payloads(spec: str, options: DataOptions) -> Sequence[Payload]:
+    """Payloads of a data set given as on the command line."""
+    from dataclasses import replace
 
     source, root = resolve_data(spec)
     return source.requests(replace(options, root=root or options.root))

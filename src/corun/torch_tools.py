@@ -164,11 +164,11 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Any], source: str |
     try:
         module.load_state_dict(versioned)
     except (RuntimeError, ValueError) as error:
-        problems = _misfits(own, state) or [str(error)]
+        problems = misfits(own, state) or [str(error)]
         raise InputError(f"the weights in {source} do not fit {type(module).__name__}", problems) from None
 
 
-def _misfits(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+def misfits(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """The first MAX_LISTED differences between a network's names and shapes and a file's."""
     misshapen = [
         f"shape of {name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from corun.errors import InputError, RunFault, guard
+from corun.clock import now_ns
+from corun.errors import InputError, RunFault, guard, suggest
 from corun.process import StopSignal, available_cores, die_with_parent, set_threads
 from corun.registry import PRECISIONS
-from corun.train.options import OPTIMIZERS, TrainOptions
+from corun.train.options import OPTIMIZERS, PublishOptions, TrainOptions
 
 if TYPE_CHECKING:
     from corun.train.micro import Gate
+    from corun.train.session import StepLog
     from corun.train.trainer import Trainer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -55,6 +58,7 @@ def main(
     run_ahead: Annotated[int, typer.Option(min=1, help="micro-steps in flight on a GPU")] = 1,
     memory_fraction: Annotated[float, typer.Option(min=0, max=1, help="of the GPU's memory; 0 = no limit")] = 0.0,
     extra: Annotated[str, typer.Option(help="model options as JSON")] = "{}",
+    publish: Annotated[str, typer.Option(help="JSON: directory, arrivals, ...: see docs/drift.md")] = "{}",
     out: Annotated[Path | None, typer.Option(help="directory for train.csv and events.csv")] = None,
     control: Annotated[str | None, typer.Option(help="launcher's address")] = None,
 ) -> None:
@@ -95,6 +99,7 @@ def main(
             frozen_statistics=freeze_statistics,
             layer_gate=layer_gate,
             run_ahead=run_ahead,
+            publish=_publish_options(_json_object("--publish", publish)),
         )
         _limit_memory(options.device, memory_fraction)
         run(options, steps, out, control, gate, _json_object("--gate-options", gate_options))
@@ -108,6 +113,22 @@ def _json_object(flag: str, text: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise InputError(f"{flag} must be a JSON object")
     return value
+
+
+def _publish_options(given: dict[str, object]) -> PublishOptions | None:
+    if not given:
+        return None
+    import msgspec
+
+    known = [item.name for item in fields(PublishOptions)]
+    problems = [f'"{name}" is unknown{suggest(name, known)}' for name in given if name not in known]
+    try:
+        options = msgspec.convert(given, PublishOptions)
+    except msgspec.ValidationError as error:
+        problems.append(str(error))
+    if problems:
+        raise InputError("--publish is wrong", problems)
+    return options
 
 
 def _limit_memory(device: str, fraction: float) -> None:
@@ -137,6 +158,7 @@ def run(
         gate = load_gate(gate_spec, gate_options or {}) if gate_spec else OpenGate()
         gate.attend = lambda: stop.requested
         trainer = _build(options, gate)
+        _publish(trainer, log)
         log.event("ready", f"pid {os.getpid()}, {options.model} on {options.device}")
         if control:
             Session(trainer, Channel(connect(Address.parse(control))), log, stop).run()
@@ -144,6 +166,14 @@ def run(
             _alone(trainer, log, stop, steps)
         gate.close()
     log.close()
+
+
+def _publish(trainer: Trainer, log: StepLog) -> None:
+    """Have the trainer publish after its steps, if it was asked to."""
+    if trainer.options.publish:
+        from corun.train.publish import Publisher
+
+        trainer.after_step = Publisher(trainer, trainer.options.publish, log.event).after_step
 
 
 def _build(options: TrainOptions, gate: Gate) -> Trainer:
@@ -168,6 +198,7 @@ def _alone(trainer: object, log: object, stop: StopSignal, steps: int) -> None:
 
     assert isinstance(trainer, Trainer)
     assert isinstance(log, StepLog)
+    trainer.begin(now_ns())
     while not stop.requested and not trainer.finished and not (steps and trainer.steps_done >= steps):
         step = one_step(trainer, log)
         if step.step % 10 == 0 or trainer.at_epoch_end:

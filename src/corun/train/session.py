@@ -158,6 +158,7 @@ class Session:
             case Arm():
                 self._segment, self._running, self._steps = message, False, 0
                 self._log.segment = message
+                self._trainer.begin(message.start_at_ns)
                 self._channel.reply(header, {"ready": True})
             case Start():
                 self._running = self._segment is not None
@@ -197,6 +198,7 @@ def one_step(trainer: Trainer, log: StepLog) -> Step:
     if trainer.at_epoch_end:
         log.event("epoch", f"epoch {step.epoch} done, loss {step.loss:.4f}")
         save(trainer, log)
+    trainer.after_step()
     return step
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +15,7 @@ from corun import registry
 from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import InputError, RunFault
 from corun.torch_tools import autocast
+from corun.train.arrivals import ArrivalBatches, Arrivals
 from corun.train.loader import Batches
 from corun.train.micro import (
     LAYER,
@@ -104,7 +105,8 @@ class Trainer:
             )
         )
         self._check_batch()
-        self.batches = Batches(self.data, options.batch_size, options.seed, options.workers, options.device != "cpu")
+        self.batches = self._batches(model)
+        self.after_step: Callable[[], object] = lambda: None
         self._optimizer = _optimizer(options, self.trainable.module)
         self.steps_done = 0
         self.least_micro = options.micro
@@ -117,6 +119,23 @@ class Trainer:
             gate_layers(self.trainable.module, lambda: self._stop_at(LAYER))
         if options.resume:
             self._load()
+
+    def _batches(self, model: registry.Model) -> Batches:
+        options, publish = self.options, self.options.publish
+        if publish is None:
+            return Batches(self.data, options.batch_size, options.seed, options.workers, options.device != "cpu")
+        arrivals = Arrivals.read(publish, _labelled_requests(options, model.task))
+        return ArrivalBatches(self.data, arrivals, options.batch_size, options.seed, publish)
+
+    def begin(self, start_ns: int) -> None:
+        """The measured window, hence the arrivals' schedule, begins at this instant."""
+        if isinstance(self.batches, ArrivalBatches):
+            self.batches.arrivals.begin(start_ns)
+
+    def restart_from(self, state: Mapping[str, Any]) -> None:
+        """Go on from these weights with a fresh optimiser."""
+        self.trainable.module.load_state_dict(state)
+        self._optimizer = _optimizer(self.options, self.trainable.module)
 
     def _check_batch(self) -> None:
         size, least = self.options.batch_size, self.trainable.min_batch
@@ -311,12 +330,38 @@ def _check(options: TrainOptions) -> None:
         problems.append(f"micro is {options.micro} and run_ahead {options.run_ahead}; both must be 1 or more")
     if options.layer_gate and options.compile:
         problems.append("layer_gate and compile exclude each other: compiled code has no layers to stop between")
+    if options.publish and options.compile:
+        problems.append("publish and compile exclude each other: the version in service is a copy of the network")
+    if options.publish and options.workers:
+        problems.append(f"workers is {options.workers}; labelled arrivals are decoded in the trainer: use 0")
     if problems:
         raise InputError("the training job cannot start", problems)
 
 
-def _training_data(options: TrainOptions, task: str, image_size: int) -> tuple[Any, int | None]:
+def _labelled_requests(options: TrainOptions, task: str) -> Any:
+    """The requests of the data set as training items, in their order; InputError when they have no labels."""
     source, root = registry.resolve_data(options.data)
+    if not source.labelled or source.training is None or task != "classification":
+        able = [name for name, row in registry.datasets().items() if row.labelled]
+        raise InputError(
+            f'publish validates classifiers on labelled requests; data set "{options.data}" has none for {task}',
+            [f"data sets with labelled requests: {', '.join(able) or 'none'}"],
+        )
+    return source.training(
+        registry.DataOptions(
+            root=root,
+            image_size=options.image_size or registry.DataOptions.image_size,
+            count=options.count,
+            seed=options.seed,
+            task=task,
+            num_classes=options.num_classes,
+            split="arrivals",
+        )
+    )
+
+
+def _training_data(options: TrainOptions, task: str, image_size: int) -> tuple[Any, int | None]:
+    source, root = registry.resolve_data(registry.fitting_data(options.data, task))
     if source.training is None or task not in source.tasks:
         able = [name for name, row in registry.datasets().items() if task in row.tasks and row.training]
         raise InputError(
@@ -341,27 +386,6 @@ def _optimizer(options: TrainOptions, module: Any) -> Any:
     make: dict[str, Callable[[], Any]] = {
         "sgd": lambda: torch.optim.SGD(
             parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-    if not source.labelled or source.training is None or task != "classification":
-        able = [name for name, row in registry.datasets().items() if row.labelled]
-        raise InputError(
-            f'publish validates classifiers on labelled requests; data set "{options.data}" has none for {task}',
-            [f"data sets with labelled requests: {', '.join(able) or 'none'}"],
-        )
-    return source.training(
-        registry.DataOptions(
-            root=root,
-            image_size=options.image_size or registry.DataOptions.image_size,
-            count=options.count,
-            seed=options.seed,
-            task=task,
-            num_classes=options.num_classes,
-            split="arrivals",
-        )
-    )
-
-
-def _training_data(options: TrainOptions, task: str, image_size: int) -> tuple[Any, int | None]:
-    source, root = registry.resolve_data(registry.fitting_data(options.data, task))
         ),
         "adam": lambda: torch.optim.Adam(parameters, options.lr, weight_decay=options.weight_decay),
         "adamw": lambda: torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay),
