@@ -187,8 +187,8 @@ class Router:
             client.close()
         for replica in list(routing.replicas.values()):
             self._disconnect(replica)
-        for sock in self._commanders:
-            sock.close()
+        for commander in self._commanders:
+            commander.close()
         for sock, address in ((self._listener, self.options.listen), (self._control, self.options.control)):
             if sock is not None and address is not None:
                 sock.close()
