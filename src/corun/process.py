@@ -52,6 +52,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def clock_id() -> str:
+    """Whose CLOCK_MONOTONIC this process reads: the kernel's boot and the time namespace. Equal = one clock."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+    except OSError:
+        return f"{os.uname().nodename}, pid {os.getpid()}"
+    try:
+        return f"{boot} {os.readlink('/proc/self/ns/time')}"
+    except OSError:
+        return boot
+
+
 class StopSignal:
     """SIGTERM and the first SIGINT become a flag and a readable descriptor; the second SIGINT kills.
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from corun.clock import now_ns
 from corun.errors import RunFault
@@ -26,24 +27,61 @@ from corun.wire.channel import Channel
 PYTHON = sys.executable
 LOG_TAIL_LINES = 12
 TERMINATE_WAIT_S = 5.0
+LOST = 1000
+"""The return code of a process whose machine does not answer any more."""
+
+
+class Process(Protocol):
+    """A process that was started: subprocess.Popen, or one on another machine."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; subprocess.TimeoutExpired when it still runs after `timeout` seconds."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
 
 
 @dataclass
 class Child:
-    """One process: its role, its name, and the channel that controls it once it said HELLO."""
+    """One process: its role, its name, and the channel that controls it once it said HELLO.
+
+    node: the machine it runs on; empty when that is the launcher's.
+    """
 
     role: str
     name: str
     argv: tuple[str, ...]
     log: Path
-    popen: subprocess.Popen[bytes]
+    popen: Process
     pidfd: int
     channel: Channel | None = None
     hello: dict[str, object] = field(default_factory=dict)
+    node: str = ""
 
     @property
     def label(self) -> str:
-        return f"{self.role} {self.name}"
+        return f"{self.role} {self.name}" + (f" on node {self.node}" if self.node else "")
+
+    @property
+    def fd(self) -> int:
+        """Readable once the process ended."""
+        return self.pidfd
+
+    def closed_fd(self) -> bool:
+        """After `fd` became readable: True when the process ended, whose exit code is known from then on."""
+        self.popen.wait()
+        return True
 
     @property
     def alive(self) -> bool:
@@ -54,6 +92,8 @@ class Child:
         code = self.popen.returncode
         if code is None:
             return "is running"
+        if code == LOST:
+            return f"was lost with its node: {self.log_tail()}"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         tail = self.log_tail()

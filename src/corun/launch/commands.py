@@ -7,7 +7,7 @@ from pathlib import Path
 
 from corun import registry
 from corun.launch.children import PYTHON
-from corun.process import available_cores, thread_environment
+from corun.process import thread_environment
 from corun.registry import home
 from corun.run.config import NONE, Pair, Service, Train
 from corun.wire.sockets import Address
@@ -60,6 +60,7 @@ def server(service: Service, address: Address, out: Path, parent_pid: int) -> Co
             image_size=service.image_size,
             num_classes=service.num_classes,
             extra=service.extra,
+            follow=service.follow,
             out=out,
             parent=parent_pid,
         ),
@@ -95,16 +96,14 @@ def client(
     ], thread_environment(1)
 
 
-def resolved_device(name: str) -> str:
+def resolved_device(name: str, cuda: bool) -> str:
     """`auto` as the children will resolve it, without importing torch here: CUDA where the driver answers."""
-    return ("cuda" if Path("/dev/nvidiactl").exists() else "cpu") if name == "auto" else name
+    return ("cuda" if cuda else "cpu") if name == "auto" else name
 
 
-def trainer_threads(pair: Pair) -> int:
-    """The trainer's threads: as configured, else the cores the services leave, at least one."""
-    if pair.train and pair.train.threads:
-        return pair.train.threads
-    return max(1, available_cores() - sum(service.threads for service in pair.services))
+def trainer_threads(pair: Pair, free_cores: int) -> int:
+    """The trainer's threads: as configured, else the cores the services beside it leave, at least one."""
+    return (pair.train and pair.train.threads) or max(1, free_cores)
 
 
 def trainer(job: Train, threads: int, seed: int, out: Path, control: Address) -> Command:
@@ -135,6 +134,7 @@ def trainer(job: Train, threads: int, seed: int, out: Path, control: Address) ->
             threads=threads,
             checkpoint=out / "checkpoint.pt" if job.checkpoint else None,
             extra=job.extra,
+            publish=job.publish.model_dump() if job.publish else None,
             out=out,
             control=control,
         ),

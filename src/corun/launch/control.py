@@ -1,14 +1,16 @@
-"""Where children report: one Unix socket in a private directory, one channel per child."""
+"""Where children report: one Unix socket in a private directory, or a port for another machine; a channel per child."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from corun.errors import PeerClosed, RunFault
-from corun.launch.children import Child, Family
+from corun.launch.children import Child
 from corun.wire.channel import Channel
 from corun.wire.messages import Hello
 from corun.wire.sockets import Address, connect, listen
@@ -16,23 +18,34 @@ from corun.wire.sockets import Address, connect, listen
 POLL_S = 0.05
 
 
-class ControlSocket:
-    """The launcher's listening socket; a Unix path has to be short, so it does not live in the run directory."""
+class Watched(Protocol):
+    """Processes none of which may end while others are waited for: a Family or a Crew."""
 
-    def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="corun-"))
-        self.address = Address("unix", str(self._directory / "control.sock"))
-        self._socket = listen(self.address)
+    def require_alive(self) -> None: ...
+
+
+class ControlSocket:
+    """The launcher's listening socket; a Unix path has to be short, so it does not live in the run directory.
+
+    host: an address of this machine that another one reaches, instead: a port of it that is free.
+    """
+
+    def __init__(self, host: str | None = None) -> None:
+        self._directory = None if host else Path(tempfile.mkdtemp(prefix="corun-"))
+        self._socket = listen(Address("tcp", host) if host else Address("unix", f"{self._directory}/control.sock"))
         self._socket.settimeout(POLL_S)
+        port = self._socket.getsockname()[1] if host else 0
+        self.address = Address("tcp", host, port) if host else Address("unix", f"{self._directory}/control.sock")
 
     def __enter__(self) -> ControlSocket:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._socket.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
-    def wait_for(self, children: list[Child], family: Family, timeout_s: float) -> None:
+    def wait_for(self, children: Sequence[Child], family: Watched, timeout_s: float) -> None:
         """Accept until each of `children` said HELLO; RunFault when one dies first or time runs out."""
         waiting = {child.popen.pid: child for child in children}
         deadline = time.monotonic() + timeout_s
@@ -57,7 +70,7 @@ class ControlSocket:
             channel.reply(header)
 
 
-def wait_for_server(child: Child, address: Address, family: Family, timeout_s: float) -> None:
+def wait_for_server(child: Child, address: Address, family: Watched, timeout_s: float) -> None:
     """Connect to a starting server and wait until its model is loaded."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

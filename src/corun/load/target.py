@@ -17,6 +17,7 @@ from typing import Any
 from corun import __version__
 from corun.clock import now_ns
 from corun.errors import FrameError, InputError, PeerClosed, RunFault
+from corun.process import clock_id
 from corun.wire import Address, connect
 from corun.wire.channel import Channel
 from corun.wire.messages import Hello, Load
@@ -24,8 +25,8 @@ from corun.wire.messages import Hello, Load
 ANSWER_S = 10.0
 LOAD_S = 600.0
 LOOK_EVERY_S = 0.1
-LOOPBACK = ("127.", "::1", "localhost")
 GENERATION = "generation"
+LOOPBACK = ("127.", "::1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Target:
     same_clock: bool
     body: Mapping[str, Any]
 
-
     @property
     def task(self) -> str:
         """What its model does, "" when it did not say."""
@@ -50,6 +50,7 @@ class Target:
     def generates(self) -> bool:
         """Whether its model makes an answer token by token."""
         return self.task == GENERATION
+
 
 def find(address: Address, model: str = "", options: Mapping[str, Any] | None = None, wait_s: float = 0.0) -> Target:
     """The server at `address`, made to serve `model` if it has another one or none; "" takes what it has.
@@ -92,15 +93,23 @@ def _load(channel: Channel, address: Address, model: str, options: Mapping[str, 
 
 def _target(address: Address, body: Mapping[str, Any]) -> Target:
     size = _image_size(body)
-    local = address.scheme == "unix" or address.host.startswith(LOOPBACK)
     return Target(
         address=address,
         model=str(body.get("model") or ""),
         device=str(body.get("device") or ""),
         image_size=size,
-        same_clock=local or body.get("host") == socket.gethostname(),
+        same_clock=_same_clock(address, body),
         body=body,
     )
+
+
+def _same_clock(address: Address, body: Mapping[str, Any]) -> bool:
+    """By the clock the server names; of one that names none, by its address and its host's name."""
+    named = body["info"].get("clock") if isinstance(body.get("info"), Mapping) else None
+    if named:
+        return bool(named == clock_id())
+    local = address.scheme == "unix" or address.host.startswith(LOOPBACK)
+    return local or body.get("host") == socket.gethostname()
 
 
 def _image_size(body: Mapping[str, Any]) -> int | None:

@@ -23,6 +23,7 @@ import msgspec
 from corun import __version__
 from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import FrameError, RunFault
+from corun.process import clock_id
 from corun.serve.connection import Connection
 from corun.serve.engine import Engine
 from corun.serve.queue import Task
@@ -127,7 +128,7 @@ class Control:
             shapes={"image_size": info.image_size} if info else {},
             clock_ns=now_ns(),
             host=socket.gethostname(),
-            info={**self._model_info(), **self._settings(), "buffers": connection.buffers},
+            info={**self._model_info(), **self._settings(), "buffers": connection.buffers, "clock": clock_id()},
         )
 
     def _model_info(self) -> dict[str, Any]:

@@ -96,12 +96,12 @@ class Channel:
         """Answer a request with a sentence about what went wrong."""
         self.reply(header, {"error": error}, Status.FAILED)
 
-    def clock_offset(self, probes: int = CLOCK_PROBES) -> Offset:
-        """Peer clock minus own clock by the four-stamp handshake."""
+    def clock_offset(self, probes: int = CLOCK_PROBES, timeout_s: float = 30.0) -> Offset:
+        """Peer clock minus own clock by the four-stamp handshake; PeerClosed when a probe waits timeout_s."""
         taken = []
         for _ in range(probes):
             t0 = now_ns()
-            body = self.request(Clock(t0))
+            body = self.request(Clock(t0), timeout_s)
             taken.append(Probe(t0, int(body["t1_ns"]), int(body["t2_ns"]), now_ns()))
         return estimate_offset(taken)
 

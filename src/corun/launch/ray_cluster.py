@@ -1,0 +1,170 @@
+"""Ray as this program uses it: one actor per node that starts processes and hands over files, and nothing else.
+
+Ray is imported here and only when it is asked for. It is never in the path of a request: 0.5-1 ms per call and a
+few per cent of a core would become part of what is measured. What had to be known:
+
+- `ray.init` on an address where nobody listens takes minutes, so the address is tried by hand first.
+- Ray replaces 127.0.0.1 by the host's address, which a cluster on the loopback does not answer on;
+  RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 keeps it (for `ray start` as well as here).
+- `ray.init` takes over SIGTERM; the launcher's handlers are put back.
+- Workers run at niceness 15 and without GPUs; see corun.launch.agent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from corun.errors import CorunError, InputError, RunFault
+from corun.launch.agent import NodeAgent
+from corun.launch.placement import Node, distinct_names
+from corun.registry import home
+
+CALL_S = 10.0
+AGENT_START_S = 60.0
+KNOCK_S = 5.0
+AUTO = "auto"
+LOOPBACK = ("127.", "localhost")
+OWN_LABEL = "ray.io/node-id"
+_INTERNAL = ("node:", "memory", "object_store_memory")
+
+
+class NodeLost(RunFault):
+    """A node that died or cannot be reached."""
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise InputError(
+            '"backend": "ray" needs Ray, which is not installed here: pip install "corun[ray]", '
+            'or pip install -e ".[ray]" in the checkout'
+        ) from None
+    return ray
+
+
+def connect(address: str) -> tuple[list[Node], Node]:
+    """Join the cluster as a driver, once per process: its living nodes, and the one this process is on.
+
+    InputError when Ray is missing or nobody answers at the address.
+    """
+    if address != AUTO:
+        _knock(address)
+    if address.startswith(LOOPBACK):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    ray = _ray()
+    if not ray.is_initialized():
+        with _own_signals():
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                raise InputError(
+                    f"cannot join the Ray cluster at {address}: {str(error).splitlines()[0]}; this machine has to be a "
+                    "node of it: ray start --address HEAD:6379"
+                ) from error
+    alive = [entry for entry in ray.nodes() if entry["Alive"]]
+    nodes = nodes_of(alive)
+    own = ray.get_runtime_context().get_node_id()
+    here = [node for node in nodes if node.id == own]
+    if not here:
+        raise InputError("this machine's Ray node is not alive any more: ray start --address HEAD:6379")
+    return nodes, here[0]
+
+
+def nodes_of(entries: list[dict[str, Any]]) -> list[Node]:
+    """Nodes from what ray.nodes() says of the living ones."""
+    names = distinct_names([str(entry["NodeName"] or entry["NodeManagerAddress"]) for entry in entries])
+    return [
+        Node(
+            id=entry["NodeID"],
+            name=name,
+            address=entry["NodeManagerAddress"],
+            labels={key: value for key, value in (entry.get("Labels") or {}).items() if key != OWN_LABEL},
+            resources=frozenset(
+                resource for resource in entry.get("Resources") or {} if not resource.startswith(_INTERNAL)
+            ),
+        )
+        for name, entry in zip(names, entries, strict=True)
+    ]
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f'launch.address: "{address}" is not host:port of the head, e.g. 10.0.0.1:6379, or auto')
+    try:
+        socket.create_connection((host, int(port)), KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address}: {error}; start its head there: ray start --head --port {port}"
+        ) from error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Signal handlers as they were before."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            with suppress(ValueError):
+                signal.signal(number, handler)
+
+
+class Agent:
+    """A NodeAgent on its node, called with a time limit; the first call that gets no answer loses the node for good."""
+
+    def __init__(self, node: Node) -> None:
+        ray = _ray()
+        self.node = node
+        self.lost = ""
+        options = {"num_cpus": 0, "max_restarts": 0, "label_selector": {OWN_LABEL: node.id}}
+        self._actor = ray.remote(NodeAgent).options(**options).remote()
+        self.facts: dict[str, Any] = self.call("facts", timeout_s=AGENT_START_S)
+        self.call("release", sys.executable, str(home()))
+
+    def call(self, method: str, *arguments: Any, timeout_s: float = CALL_S) -> Any:
+        """The method's answer; its own CorunError, or NodeLost with the reason."""
+        if self.lost:
+            raise NodeLost(self.lost)
+        ray = _ray()
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, CorunError):
+                raise error.cause from None
+            raise RunFault(f"node {self.node.name}: {method} failed: {error.cause}") from error
+        except ray.exceptions.RayActorError as error:
+            raise self._lose(_reason(error)) from None
+        except ray.exceptions.GetTimeoutError:
+            raise self._lose(f"it did not answer within {timeout_s:g} s") from None
+
+    def _lose(self, reason: str) -> NodeLost:
+        self.lost = f"node {self.node.name} ({self.node.address}) was lost: {reason}"
+        return NodeLost(self.lost)
+
+    def end(self) -> None:
+        """Kill the actor; whatever it started dies with it."""
+        ray = _ray()
+        with suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(self._actor)
+
+
+def _reason(error: Exception) -> str:
+    """One line of what Ray says about a dead actor."""
+    text = str(error)
+    if "ModuleNotFoundError" in text:
+        return "it cannot import corun: the same checkout and Python environment have to be on every node"
+    told = [line.strip() for line in text.splitlines() if "died" in line or "dead" in line or "unreachable" in line]
+    return (told or text.splitlines() or ["its agent died"])[-1][:300]
+
+
+__all__ = ["Agent", "NodeLost", "connect", "nodes_of"]
