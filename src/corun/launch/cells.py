@@ -7,6 +7,7 @@ from typing import Any
 
 from corun import registry
 from corun.errors import InputError
+from corun.launch import drift
 from corun.launch.segments import process_of
 from corun.run.config import Pair
 from corun.share.spec import parse as parse_sharing
@@ -37,6 +38,7 @@ def _problems(cell: Pair) -> Iterator[str]:
         yield from _problem(where, registry.resolve_data, data)
     for service in cell.services:
         yield from _problem("infer", process_of, service)
+    yield from drift.problems(cell)
     try:
         parse_sharing(cell.config.sharing)
     except InputError as error:

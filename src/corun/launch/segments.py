@@ -58,13 +58,25 @@ def make_schedule(pair: Pair, segments: list[Segment]) -> Planned:
         schedules.make(streams if segment.serves else [], segment.duration_s, pair.config.seed, segment.repeat)
         for segment in segments
     ]
-    whole, given = schedules.join(drawn)
+    whole, given = schedules.join([_in_order(schedule, pair) for schedule in drawn])
     rows = {
         (segment.index, stream): (ids.start, ids.stop)
         for segment, by_stream in zip(segments, given, strict=True)
         for stream, ids in by_stream.items()
     }
     return Planned(whole, rows)
+
+
+def _in_order(schedule: schedules.Schedule, pair: Pair) -> schedules.Schedule:
+    """Where requests shift, the k-th request of a stream carries the k-th payload, each of them once."""
+    if pair.config.drift is None:
+        return schedule
+    rows = schedule.rows.copy()
+    for number, service in enumerate(pair.services):
+        if service.data.partition(":")[0] == "drift":
+            mine = rows["stream"] == number
+            rows["payload"][mine] = rows["id"][mine]
+    return schedules.Schedule(rows)
 
 
 def process_of(service: Service) -> arrivals.Process:

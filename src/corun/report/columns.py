@@ -16,7 +16,7 @@ from corun.errors import InputError, guard
 from corun.profile.tables import GPU, PROCESS, PROFILE
 from corun.registry import home
 from corun.report.attribution import ATTRIBUTION
-from corun.run.records import EVENTS, INFER_CLIENT, INFER_SERVER, SCHEMA_VERSION, SUMMARY, TRAIN, Table
+from corun.run.records import ACCURACY, EVENTS, INFER_CLIENT, INFER_SERVER, SCHEMA_VERSION, SUMMARY, TRAIN, Table
 from corun.serve.loop import INFER_LOOP
 
 KINDS = {"int": "integer", "float": "number", "str": "text"}
@@ -40,6 +40,7 @@ FILES = (
     File("infer_server/<service>.csv", "one row per request as the server saw it", INFER_SERVER),
     File("infer_loop/<loop>.csv", "one row per inference of a loop without sockets (multi_infer.py)", INFER_LOOP),
     File("train.csv", "one row per optimiser step", TRAIN),
+    File("accuracy.csv", "right answers second by second, where requests carry labels", ACCURACY),
     File("profile.csv", "one row per tick of the profiler: the host", PROFILE),
     File("gpu.csv", "one row per tick and GPU", GPU),
     File("process.csv", "one row per tick and process", PROCESS),

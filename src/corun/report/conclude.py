@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from corun.report import attribution, slo
+from corun.report import accuracy, attribution, slo
 from corun.report import console as table
 from corun.report.slo import Promises, Verdict
 from corun.report.summary import Summary, as_json, summarise
@@ -25,14 +25,20 @@ def conclude(
     attribution.write(path)
     flags = check(summary)
     verdicts = slo.write(path, promises or {})
+    right = accuracy.overall(accuracy.write(path))
     calibration = read_calibration(path)
     if console:
         table.show(summary, flags, console, verdicts, calibration)
+        for service, found in right.items():
+            console.print(
+                f"accuracy of {service}: {found['accuracy']:.1%} of {found['requests']:,.0f} labelled requests"
+            )
     answer = {
         **as_json(summary),
         "valid": not flags,
         "reasons": [flag.sentence for flag in flags],
         "calibration": calibration,
+        **({"accuracy": right} if right else {}),
         **(slo.as_json(verdicts) if verdicts else {}),
     }
     return _figures(summary, not flags, verdicts), answer

@@ -8,7 +8,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from corun.report import attribution, html, measured, numbers, slowdown, speed, stages, tail, timeline
+from corun.report import (
+    accuracy_figure,
+    attribution,
+    html,
+    measured,
+    numbers,
+    slowdown,
+    speed,
+    stages,
+    tail,
+    timeline,
+)
 from corun.report.exhibit import Exhibit
 from corun.report.html import Drawn, drawn
 from corun.report.loops import LoopSummary, summarise_loops
@@ -57,6 +68,7 @@ def exhibits(run: Run, summary: Summary) -> list[Exhibit]:
         slowdown.exhibit(run, summary),
         stages.exhibit(run),
         speed.exhibit(summary),
+        *accuracy_figure.exhibits(run),
     ]
 
 

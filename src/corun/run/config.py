@@ -27,6 +27,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 NONE = "none"
 DEFAULT_DURATION_S = 10.0
 START_S = 12.0
+LATER = ("publish", "follow", "drift")
 BETWEEN_S = 1.5
 
 
@@ -43,6 +44,25 @@ Bound = Annotated[float, Field(gt=0)]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Publish(_Model):
+    """Learning from labelled requests and publishing to the services of the same model; see docs/drift.md."""
+
+    label_delay_s: Annotated[float, Field(ge=0)] = 1.0
+    every_s: Seconds = 2.0
+    samples: Positive = 64
+    least: Positive = 32
+    gain: Annotated[float, Field(ge=0, le=1)] = 0.03
+    window: Positive = 512
+    fresh_share: Annotated[float, Field(ge=0, le=1)] = 0.75
+    directory: str = Field("", description="set by the launcher")
+    arrivals: str = Field("", description="set by the launcher")
+    stream: Annotated[int, Field(ge=0)] = Field(0, description="set by the launcher")
+
+
+def _switch(value: Any) -> Any:
+    return {} if value is True else None if value is False else value
 
 
 class Train(_Model):
@@ -67,6 +87,9 @@ class Train(_Model):
     weights: str | None = None
     threads: Positive | None = None
     checkpoint: bool = False
+    publish: Annotated[Publish | None, BeforeValidator(_switch)] = Field(
+        None, description="true or its settings: learn from labelled requests, publish to the running services"
+    )
     extra: dict[str, Any] = {}
     verbose: bool | None = Field(None, description="a key of the original; has no effect")
 
@@ -84,6 +107,20 @@ class Slo(_Model):
     def bounds(self) -> dict[str, float]:
         """What was promised, `{"p99_ms": 100.0}`."""
         return self.model_dump(exclude_none=True)
+
+
+class Drift(_Model):
+    """A shift of what the services with "data": "drift" are asked, in the middle of the window; see docs/drift.md."""
+
+    shift_at_s: Annotated[float, Field(ge=0)]
+    corruption: str = "none"
+    severity: Annotated[int, Field(ge=1, le=5)] = 3
+    class_mix: dict[Literal["before", "after"], list[float]] = {}
+
+    @property
+    def shift(self) -> dict[str, Any]:
+        """What changes, as the data set is told; when is said in requests there."""
+        return self.model_dump(mode="json", exclude={"shift_at_s"})
 
 
 class Service(_Model):
@@ -112,6 +149,7 @@ class Service(_Model):
     max_batch: Positive = 1
     max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
     policy: str = "fifo"
+    follow: str | None = Field(None, description="directory of published weights to take up as they come")
     slo: Slo = Field(Slo(), description="promises of this service; they replace the same ones of the whole file")
     extra: dict[str, Any] = {}
     batch_size: int | None = Field(None, description="a key of the original; has no effect: see max_batch")
@@ -153,6 +191,7 @@ class Config(_Model):
     duration_s: Durations = Field({}, description="seconds of a window: one number, or one per arm; default 10")
     repeat: Positive = 1
     seed: Annotated[int, Field(ge=0)] = 0
+    drift: Drift | None = Field(None, description="the requests' distribution shifts within the window")
     sharing: str | dict[str, Any] = Field(
         "none", description='how trainer and services share the hardware, e.g. "idle" or {"policy": "idle+slo", ...}'
     )
@@ -228,14 +267,19 @@ class Pair(_Model):
             mode="json", exclude={"train", "infer", "comb", "rates", "arms", "slo", "calibrate", "launch"}
         )
         return {
-            "train": self.train.model_dump(mode="json") if self.train else None,
-            "services": [service.model_dump(mode="json", exclude={"slo"}) for service in self.services],
+            "train": _used(self.train.model_dump(mode="json")) if self.train else None,
+            "services": [_used(service.model_dump(mode="json", exclude={"slo"})) for service in self.services],
             "arms": list(self.arms),
             **({"beside": self.beside} if self.beside else {}),
             **({"legacy": True} if self.legacy else {}),
             **({} if self.config.launch.local else {"launch": self.config.launch.resolved()}),
-            **rest,
+            **_used(rest),
         }
+
+
+def _used(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what continuous training adds and this cell does not use: such cells keep the digest they had."""
+    return {key: value for key, value in values.items() if value is not None or key not in LATER}
 
 
 def digest(value: Any) -> str:
@@ -335,8 +379,10 @@ def _model_at(location: list[Any]) -> type[BaseModel]:
     """The model whose keys stand beside the last part of a path."""
     if location[0] == "launch" and len(location) > 1:
         return launching.model_of(location)
-    if "slo" in location[:-1]:
-        return Slo
+    inside: dict[Any, type[BaseModel]] = {"slo": Slo, "publish": Publish, "drift": Drift}
+    nested = next((inside[part] for part in location[:-1] if part in inside), None)
+    if nested is not None:
+        return nested
     return Config if len(location) == 1 else Train if location[0] == "train" else Service
 
 

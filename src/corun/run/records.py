@@ -134,13 +134,24 @@ TRAIN: Table = (
     Column("micro", "", "int", "micro-batches the step was cut into"),
 )
 
+ACCURACY: Table = (
+    Column("service", "", "str", "name of the service"),
+    *_SEGMENT,
+    Column("t_ns", "ns", "int", "when the second began"),
+    Column("t_s", "s", "float", "the same, from the start of the window"),
+    Column("n", "", "int", "labelled requests due in it"),
+    Column("correct", "", "int", "of them answered OK, the first class being the label"),
+    Column("accuracy", "", "float", "correct / n"),
+    Column("weights_version", "", "int", "newest published weights among those that answered"),
+)
+
 EVENTS: Table = (
     Column("t_ns", "ns", "int", "when"),
     Column(
         "kind",
         "",
         "str",
-        "start, load, warmup, ready, window_start, window_end, epoch, checkpoint, fault, stop ...",
+        "start, load, warmup, ready, window_start, window_end, epoch, checkpoint, publish, swap, rollback, refused, fault, stop ...",
     ),
     Column("role", "", "str", "launcher, server, client, trainer, profiler"),
     Column("name", "", "str", "which one"),
