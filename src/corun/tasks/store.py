@@ -264,6 +264,11 @@ class Store:
         rows = self._rows("SELECT body FROM choices WHERE task_id = ?", (task_id,))
         return Choice(**json.loads(rows[0][0])) if rows else None
 
+    def chosen_s(self, task_id: str) -> float:
+        """Unix time since which the present model is chosen; 0 before the first choice."""
+        rows = self._rows("SELECT t_s FROM choices WHERE task_id = ?", (task_id,))
+        return float(rows[0][0]) if rows else 0.0
+
     def set_replica(self, task_id: str, replica: Replica) -> None:
         """Keep the state of one replica, by its index."""
         with self._transaction() as db:
