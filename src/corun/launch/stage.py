@@ -1,0 +1,340 @@
+"""Many short windows on processes that stay: servers, clients and a trainer started once, any subset of them measured.
+
+    open     servers ─ ready ─▶ clients with one schedule for every rate and repeat ─ trainer ─ policy applied, warmed up
+    window   ARM those who take part ─ START ─ sleep ─ DRAIN ─ rings read ─ memory read
+    close    STOP to all
+
+A planner asks hundreds of small questions; a restart before each would cost more than the answer and compare caches.
+Whoever is not in a window sleeps in a system call: resident, not running. On a CPU that does not change the latency of
+the others (memory is taken, which is why memory is read process by process and added up for the set in question).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from corun.arrivals import schedule as schedules
+from corun.clock import NS_PER_MS, NS_PER_S, now_ns
+from corun.errors import CorunError, RunFault
+from corun.launch import commands
+from corun.launch.calibrate import free_port
+from corun.launch.children import Child, Family
+from corun.launch.control import ControlSocket, wait_for_server
+from corun.launch.segments import process_of
+from corun.launch.window import channel_of
+from corun.load.ring import read_ring
+from corun.profile.footprint import Footprint, footprint
+from corun.run.config import Pair, Service
+from corun.run.read import read_table
+from corun.run.records import TRAIN
+from corun.share.foreign import foreign_cores, read_cpu
+from corun.share.host import Host
+from corun.share.policy import Cast, Member
+from corun.share.sharing import Sharing
+from corun.wire import STAMPS, Status
+from corun.wire.messages import Arm, Drain, Start, Stop, Warmup
+from corun.wire.sockets import Address
+
+ARM_AHEAD_S: Final = 0.4
+ANSWER_S: Final = 30.0
+WARM_REQUESTS: Final = 10
+WARM_S: Final = 2.0
+PICKED, SENT = STAMPS.index("picked"), STAMPS.index("tx")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One service in one window. sojourns_ms: intended send until reply, inf = none. services_ms: of answered ones."""
+
+    name: str
+    rate: float
+    sojourns_ms: tuple[float, ...]
+    services_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one window showed. memory: by label of the process. foreign_cores: what others used meanwhile."""
+
+    served: tuple[Served, ...]
+    samples_per_s: float | None
+    memory: Mapping[str, Footprint]
+    foreign_cores: float
+
+
+class Stage:
+    """Processes of one cell under one sharing policy; a context. `factors` multiply the services' rates.
+
+    The cell names its devices (no "auto") and the trainer's threads: what is measured must not depend on the set.
+
+    Raises InputError (the policy is refused), RunFault (a process did not start or died).
+    """
+
+    def __init__(self, pair: Pair, factors: Sequence[float], repeats: int, seconds: float) -> None:
+        self._pair, self._seconds, self._number = pair, seconds, 0
+        self._factors = tuple(dict.fromkeys((1.0, *factors)))
+        self._repeats = repeats
+        self._stack = ExitStack()
+        self._host = Host()
+        self._servers: dict[str, Child] = {}
+        self._clients: dict[str, Child] = {}
+        self._trainer: Child | None = None
+        self._rows: dict[tuple[str, float, int], tuple[int, int]] = {}
+        self.warm_ms: dict[str, float] = {}
+
+    def __enter__(self) -> Stage:
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for child in (*self._clients.values(), *self._servers.values(), *([self._trainer] if self._trainer else [])):
+            with suppress(CorunError, OSError):
+                channel_of(child).request(Stop("no more windows"), ANSWER_S)
+        self._stack.close()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Services that are here."""
+        return frozenset(self._servers)
+
+    # Opening
+
+    def _open(self) -> None:
+        self._out = Path(tempfile.mkdtemp(prefix="corun-stage-"))
+        self._stack.callback(shutil.rmtree, self._out, ignore_errors=True)
+        self._sharing = self._stack.enter_context(self._prepare())
+        self._control = self._stack.enter_context(ControlSocket())
+        self._family = self._stack.enter_context(Family(self._out))
+        addresses = self._start_servers()
+        schedule = self._out / "schedule.npy"
+        schedules.save(self._draw(), schedule)
+        reporting = [
+            self._start_client(index, service, address, schedule)
+            for index, (service, address) in enumerate(zip(self._pair.services, addresses, strict=True))
+        ]
+        self._control.wait_for(
+            [*reporting, *([self._trainer] if self._trainer else [])], self._family, self._pair.config.start_timeout_s
+        )
+        self._apply()
+        self._warm()
+
+    def _prepare(self) -> Sharing:
+        pair = self._pair
+        services = tuple(Member("server", one.label, one.threads, index) for index, one in enumerate(pair.services))
+        trainer = Member("trainer", pair.train_label, pair.train.threads or 1) if pair.train else None
+        devices = {one.device for one in pair.services} | ({pair.train.device} if pair.train else set())
+        cast = Cast(services, trainer, frozenset(devices))
+        return Sharing.prepare(pair.config.sharing, cast, self._host)
+
+    def _start(self, member: Member, command: commands.Command) -> Child:
+        argv, environment = command
+        sharing = self._sharing
+        argv = sharing.command(member, [*argv, *sharing.flags(member)])
+        return self._family.start(member.role, member.name, argv, {**environment, **sharing.environment(member)})
+
+    def _start_servers(self) -> list[Address]:
+        pair, cast = self._pair, self._sharing.cast
+        addresses = [Address("tcp", pair.config.host, free_port()) for _ in pair.services]
+        for member, service, address in zip(cast.services, pair.services, addresses, strict=True):
+            service = service.model_copy(update={"threads": self._sharing.threads(member)})
+            child = self._start(member, commands.server(service, address, self._out, os.getpid()))
+            self._servers[service.label] = child
+        if pair.train and cast.trainer:
+            threads = self._sharing.threads(cast.trainer)
+            command = commands.trainer(pair.train, threads, pair.config.seed, self._out, self._control.address)
+            self._trainer = self._start(cast.trainer, command)
+        for child, address in zip(self._servers.values(), addresses, strict=True):
+            wait_for_server(child, address, self._family, pair.config.start_timeout_s)
+        return addresses
+
+    def _start_client(self, stream: int, service: Service, address: Address, schedule: Path) -> Child:
+        command = commands.client(service, address, stream, schedule, self._pair, self._out, self._control.address)
+        self._clients[service.label] = self._family.start("client", service.label, *command)
+        return self._clients[service.label]
+
+    def _draw(self) -> schedules.Schedule:
+        """Arrivals of every factor and repeat, for all services; windows of one repeat share them between sets."""
+        keys = [(factor, repeat) for factor in self._factors for repeat in range(self._repeats)]
+        drawn = []
+        for factor, repeat in keys:
+            streams = [
+                schedules.Stream(number, process_of(_at(service, factor)), service.count)
+                for number, service in enumerate(self._pair.services)
+            ]
+            drawn.append(schedules.make(streams, self._seconds, self._pair.config.seed, repeat))
+        whole, given = schedules.join(drawn)
+        for (factor, repeat), by_stream in zip(keys, given, strict=True):
+            for stream, ids in by_stream.items():
+                name = self._pair.services[stream].label
+                self._rows[name, factor, repeat] = (ids.start, ids.stop)
+        return whole
+
+    def _apply(self) -> None:
+        pids = {(child.role, child.name): child.popen.pid for child in self._family.children}
+        members = [member for member in self._sharing.cast.members if (member.role, member.name) in pids]
+        self._sharing.started({member: pids[member.role, member.name] for member in members})
+
+    def _warm(self) -> None:
+        """Every model some times, the trainer some steps, so that the first window is like the others."""
+        for name, child in self._servers.items():
+            taken = channel_of(child).request(Warmup(WARM_REQUESTS), ANSWER_S)["ms"]
+            self.warm_ms[name] = float(np.median(taken[len(taken) // 2 :]))
+        if self._trainer:
+            self._run([self._trainer], {}, "train", 0, WARM_S)
+
+    # Windows
+
+    def observe(
+        self, services: Sequence[str], factor: float = 1.0, repeat: int = 0, trains: bool = True
+    ) -> Observation:
+        """One window in which only these services are asked, at `factor` times their rates.
+
+        RunFault: a process died or did not answer; the stage is of no use afterwards.
+        """
+        arm = "corun" if services and trains else "train" if trains else "alone"
+        rows = {name: self._rows.get((name, factor, repeat), (0, 0)) for name in services}
+        playing = [self._clients[name] for name in services] + [self._servers[name] for name in services]
+        if trains and self._trainer:
+            playing.append(self._trainer)
+        start_ns, stop_ns, foreign = self._run(playing, rows, arm, repeat, self._seconds)
+        rates = {one.label: one.rate * factor for one in self._pair.services}
+        served = tuple(self._served(name, rates[name]) for name in services)
+        speed = self._speed(start_ns, stop_ns) if trains and self._trainer else None
+        return Observation(served, speed, self._memory(playing), foreign)
+
+    def _run(
+        self, playing: Sequence[Child], rows: Mapping[str, tuple[int, int]], arm: str, repeat: int, seconds: float
+    ) -> tuple[int, int, float]:
+        """One window; returns its start and end and the cores that others used in it."""
+        self._number += 1
+        self._sharing.enter(arm)
+        start_ns = now_ns() + round(ARM_AHEAD_S * NS_PER_S)
+        stop_ns = start_ns + round(seconds * NS_PER_S)
+        try:
+            for child in playing:
+                mine = rows.get(child.name, (0, 0)) if child.role == "client" else (0, 0)
+                message = Arm(arm, repeat, self._number, start_ns, stop_ns, *mine)
+                channel_of(child).request(message, ANSWER_S)
+            for child in playing:
+                channel_of(child).request(Start(self._number), ANSWER_S)
+            before = read_cpu([os.getpid()], self._host, now_ns())
+            time.sleep(max(0.0, (stop_ns - now_ns()) / NS_PER_S))
+            after = read_cpu([os.getpid()], self._host, now_ns())
+            drain_s = self._pair.config.drain_timeout_s
+            for child in playing:
+                channel_of(child).request(Drain(round(drain_s * 1000)), drain_s + ANSWER_S)
+        except (CorunError, TimeoutError, OSError) as error:
+            time.sleep(ARM_AHEAD_S)
+            self._family.require_alive()
+            raise RunFault(f"a window of {arm} failed: {error}") from error
+        self._family.require_alive()
+        return start_ns, stop_ns, foreign_cores(before, after)
+
+    def _served(self, name: str, rate: float) -> Served:
+        ring = self._out / "infer_client" / f"{name}.{self._number}.ring"
+        if not ring.exists():
+            return Served(name, rate, (), ())
+        records = read_ring(ring)
+        ring.unlink()
+        answered = records["status"] == Status.OK
+        sojourn = np.where(answered, (records["t_rx"] - records["t_intended"]) / NS_PER_MS, np.inf)
+        stamps = records["stamps"][answered]
+        service = (stamps[:, SENT] - stamps[:, PICKED]) / NS_PER_MS
+        return Served(name, rate, tuple(sojourn.tolist()), tuple(service.tolist()))
+
+    def _speed(self, start_ns: int, stop_ns: int) -> float:
+        """Training samples/s inside the window; a step across its border counts by the part inside."""
+        steps = read_table(self._out / "train.csv", TRAIN)
+        mine = steps["segment"] == self._number
+        begin, end = steps["t_start_ns"][mine], steps["t_end_ns"][mine]
+        inside = np.clip(end, start_ns, stop_ns) - np.clip(begin, start_ns, stop_ns)
+        shares = inside / np.maximum(1, end - begin)
+        return float((steps["samples"][mine] * shares).sum() * NS_PER_S / (stop_ns - start_ns))
+
+    def _memory(self, playing: Sequence[Child]) -> dict[str, Footprint]:
+        members = [child for child in playing if child.role in ("server", "trainer")]
+        on_gpu = self._sharing.cast.on_gpu
+        return {child.label: footprint(child.popen.pid, on_gpu) for child in members}
+
+
+def _at(service: Service, factor: float) -> Service:
+    return service.model_copy(update={"rate": service.rate * factor})
+
+
+class Stages:
+    """Opens a stage when a window needs one that is not open: all services first, fewer after that has failed.
+
+    pair_of(policy, names) makes the cell of a stage.
+    """
+
+    def __init__(
+        self, pair_of: Callable[[str, Sequence[str]], Pair], factors: Sequence[float], repeats: int, seconds: float
+    ) -> None:
+        self._pair_of, self._factors, self._repeats, self._seconds = pair_of, factors, repeats, seconds
+        self._open: tuple[str, Stage] | None = None
+        self._failed: set[tuple[str, frozenset[str]]] = set()
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop whatever runs."""
+        if self._open:
+            _, stage = self._open
+            self._open = None
+            stage.__exit__(None, None, None)
+
+    def observe(
+        self, policy: str, everybody: Sequence[str], names: Sequence[str], factor: float, repeat: int, trains: bool
+    ) -> Observation | str:
+        """One window of `names`; a sentence when they cannot run: a process died, or did not start."""
+        try:
+            return self._stage(policy, everybody, names).observe(names, factor, repeat, trains)
+        except RunFault as error:
+            self._fail(policy)
+            if frozenset(everybody) == frozenset(names) or self._open_names(policy) == frozenset(names):
+                return str(error)
+        try:
+            return self._stage(policy, names, names).observe(names, factor, repeat, trains)
+        except RunFault as error:
+            self._fail(policy)
+            return str(error)
+
+    def _open_names(self, policy: str) -> frozenset[str]:
+        return self._open[1].names if self._open and self._open[0] == policy else frozenset()
+
+    def _fail(self, policy: str) -> None:
+        if self._open:
+            self._failed.add((policy, self._open[1].names))
+            self.close()
+
+    def _stage(self, policy: str, everybody: Sequence[str], names: Sequence[str]) -> Stage:
+        if self._open and self._open[0] == policy and set(names) <= self._open[1].names:
+            return self._open[1]
+        self.close()
+        wanted = everybody if (policy, frozenset(everybody)) not in self._failed else names
+        stage = Stage(self._pair_of(policy, wanted), self._factors, self._repeats, self._seconds)
+        try:
+            stage.__enter__()
+        except RunFault:
+            self._failed.add((policy, frozenset(wanted)))
+            raise
+        self._open = (policy, stage)
+        return stage

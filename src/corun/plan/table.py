@@ -1,0 +1,173 @@
+"""The answer for people (a rich table) and for programs (plain JSON values)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from corun.plan.planner import Answer, Planner
+from corun.plan.question import Question
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One real run of a plan: status of the run, percentile by service (None: too few requests), verdicts, training."""
+
+    status: str
+    measured_ms: Mapping[str, float | None]
+    words: Mapping[str, str]
+    training: float | None
+    run: str
+    reason: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the run was complete and no promise was missed."""
+        return self.status == "complete" and "missed" not in self.words.values()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row group of the table: a policy's plan and, unless it was not asked for, its validation."""
+
+    answer: Answer
+    validated: Validated | None = None
+
+
+def show(
+    console: Console, question: Question, results: Sequence[Result], best: Answer | None, planner: Planner
+) -> None:
+    """Print the table, what it rests on, and the plan that serves the goal."""
+    slo = question.slo
+    job = question.job.label if question.job else "no training"
+    table = Table(title=f"{job} + services, {slo} each", title_justify="left")
+    for name in (
+        "policy",
+        "services",
+        "rate /s",
+        "can take /s",
+        f"predicted {slo.name} ms",
+        f"validated {slo.name} ms",
+    ):
+        table.add_column(name, justify="left" if name in ("policy", "services") else "right")
+    for name in ("training x", "memory MiB"):
+        table.add_column(name, justify="right")
+    for result in results:
+        _rows(table, result)
+        table.add_section()
+    console.print(table)
+    for result in results:
+        _notes(console, result, planner)
+    measured = f"{planner.measured} windows measured, {planner.reused} reused"
+    where = f" in {planner.profile.path}" if planner.profile.path else ""
+    console.print(f"{measured}{where}", highlight=False, soft_wrap=True)
+    if best:
+        names = ", ".join(place.candidate.name for place in best.places)
+        console.print(f"[bold]best for {question.goal}:[/] {best.policy} with {names}", highlight=False)
+    else:
+        console.print("[bold]nothing fits[/] under any of these policies", highlight=False)
+
+
+def _rows(table: Table, result: Result) -> None:
+    answer, validated = result.answer, result.validated
+    need = f"{answer.need.host_mib:.0f}" + (f" + GPU {answer.need.gpu_mib:.0f}" if answer.need.gpu_mib else "")
+    speed = _ratio(answer.training) + (f" ({_ratio(validated.training)} validated)" if validated else "")
+    if not answer.places:
+        table.add_row(answer.policy, "none fits", "", "", "", "", "", "")
+    for index, place in enumerate(answer.places):
+        tail, name = place.tail, place.candidate.name
+        shown = f"{_ms(tail.predicted_ms)} [{_ms(tail.low_ms)}, {_ms(tail.high_ms)}]"
+        found = f"{_ms(validated.measured_ms.get(name))} {validated.words.get(name, '')}".strip() if validated else ""
+        cells = (place.candidate.rate, place.can_take)
+        first = index == 0
+        table.add_row(
+            answer.policy if first else "",
+            escape(name),
+            *(f"{cell:.3g}" for cell in cells),
+            escape(shown),
+            found,
+            speed if first else "",
+            need if first else "",
+        )
+
+
+def _notes(console: Console, result: Result, planner: Planner) -> None:
+    answer, validated = result.answer, result.validated
+    finding = answer.finding
+    sure = f"{finding.word} ({finding.source}{', ' + finding.detail if finding.detail else ''})"
+    trust = f"model from {answer.runs} windows, its error x{math.exp(answer.spread):.2f} (1 sigma)"
+    host = f"needs {answer.need.host_mib:.0f} of {planner.machine.limits.host_mib:.0f} MiB with margin"
+    console.print(escape(f"{answer.policy}: {sure}; {trust}; {host}"), highlight=False, soft_wrap=True)
+    if answer.blocked:
+        console.print(escape(f"  one more: {answer.blocked}"), highlight=False, soft_wrap=True)
+    if validated and validated.reason:
+        console.print(escape(f"  validation {validated.status}: {validated.reason}"), highlight=False, soft_wrap=True)
+
+
+def as_json(question: Question, results: Sequence[Result], best: Answer | None, planner: Planner) -> dict[str, Any]:
+    """Everything the table says; infinite values are null."""
+    return {
+        "train": question.job.label if question.job else None,
+        "slo": {"percentile": question.slo.percentile, "bound_ms": question.slo.bound_ms},
+        "maximize": question.goal,
+        "policies": {result.answer.policy: _plan(result, planner) for result in results},
+        "best": best.policy if best else None,
+        "windows": {"measured": planner.measured, "reused": planner.reused},
+        "profile": str(planner.profile.path) if planner.profile.path else None,
+    }
+
+
+def _plan(result: Result, planner: Planner) -> dict[str, Any]:
+    answer, validated = result.answer, result.validated
+    services = [
+        {
+            "name": place.candidate.name,
+            "model": place.candidate.model,
+            "rate": place.candidate.rate,
+            "can_take": round(place.can_take, 3),
+            "predicted_ms": _number(place.tail.predicted_ms),
+            "interval_ms": [_number(place.tail.low_ms), _number(place.tail.high_ms)],
+            "kept": round(place.tail.kept, 4),
+            "validated_ms": validated.measured_ms.get(place.candidate.name) if validated else None,
+            "validated": validated.words.get(place.candidate.name) if validated else None,
+        }
+        for place in answer.places
+    ]
+    return {
+        "count": len(services),
+        "services": services,
+        "training_x": _number(answer.training),
+        "memory_mib": round(answer.need.host_mib, 1),
+        "memory_limit_mib": round(planner.machine.limits.host_mib, 1),
+        "gpu_memory_mib": round(answer.need.gpu_mib, 1),
+        "known": {"word": answer.finding.word, "source": answer.finding.source, "detail": answer.finding.detail},
+        "windows": answer.runs,
+        "sigma": round(answer.spread, 4),
+        "one_more": answer.blocked,
+        "validation": {
+            "status": validated.status,
+            "training_x": _number(validated.training),
+            "run": validated.run,
+            "reason": validated.reason,
+        }
+        if validated
+        else None,
+    }
+
+
+def _ms(value: float | None) -> str:
+    return "n/a" if value is None else "∞" if not math.isfinite(value) else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def _number(value: float | None) -> float | None:
+    return round(value, 4) if value is not None and math.isfinite(value) else None
