@@ -22,6 +22,7 @@ REPLIES = {
     "segmentation": "class map",
     "dehazing": "picture",
     "generation": "text",
+    "translation": "lines of text",
     "null": "zeros",
 }
 """What a reply holds, by task; tasks stand in this order in the table."""
@@ -32,6 +33,7 @@ LOSSES = {
     "detection": "box + class + DFL",
     "segmentation": "cross-entropy per pixel",
     "dehazing": "L1 + code commitment",
+    "translation": "cross-entropy per token",
 }
 COLUMNS = ("family", "model", "task", "input", "params", "GFLOP", "answers with", "trains with", "code", "weights")
 NUMBERS = ("input", "params", "GFLOP")
@@ -61,7 +63,7 @@ NOTES = """\
 |---|---|
 | `null` or left out | random, drawn from `seed`: the same network on every machine. Latency and training speed are those of real weights; answers mean nothing |
 | `"default"` | the library's released weights, downloaded once into torch's cache. torchvision's models only |
-| a path | a state dict (`.pt`, `.pth`, `.safetensors`; for ChatGLM2 the directory of a checkpoint), read without running anything in the file. A file that does not fit is refused with the first names and shapes that differ |
+| a path | a state dict (`.pt`, `.pth`, `.safetensors`; for ChatGLM2 and nmt the directory of a checkpoint), read without running anything in the file. A file that does not fit is refused with the first names and shapes that differ |
 
 What was used is never silent: every table, summary and manifest has a weights label, `random`, `default` or
 `sha256:<12 hex> <path>`.
@@ -85,6 +87,9 @@ Lower `conf` (`"extra": {"conf": 0.001}`) or bring weights.
   of the paper without its perceptual and adversarial terms. `RIDCP_dehazing_tiny` is the same graph at reduced width, for tests.
 - **llm.** ChatGLM2-6B and smaller networks of the same architecture, for machines that cannot hold it. A request is a
   prompt, not a picture: `models/chatglm.py` has its fields. They are trained as LoRA adapters, not by `python -m corun.train`.
+- **nmt.** Marian and T5 translation networks. A request is UTF-8 text, one sentence a line, and so is the reply; training
+  takes the data set `pairs`. `weights` is a model directory that `src/ectrans.py` made or transformers reads:
+  [translation.md](translation.md).
 - **null.** Answers any bytes at once, or after `service_ms`: what sockets, queue and stamps cost by themselves.
 """
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from corun import torch_tools
 from corun.errors import InputError
 from corun.registry import DataOptions, Dataset, Payload, load_plugin
 
@@ -51,11 +52,12 @@ def _words(rng: np.random.Generator, count: int, letters: tuple[str, str]) -> li
 def made_pairs(
     count: int, seed: int = 0, words: int = WORDS, shortest: int = SHORTEST, longest: int = LONGEST
 ) -> list[Pair]:
-    """`count` (source, target) pairs of shortest..longest words; the lexicon does not depend on the seed."""
+    """`count` (source, target) pairs of shortest..longest words; the lexicon does not depend on the seed, nor a pair on `count`."""
     table = lexicon(words)
-    rng = np.random.default_rng([seed, 2])
     made = []
-    for length in rng.integers(shortest, longest + 1, size=count):
+    for index in range(count):
+        rng = np.random.default_rng([seed, 2, index])
+        length = rng.integers(shortest, longest + 1)
         chosen = [table[i] for i in rng.integers(0, words, size=int(length))]
         made.append((" ".join(word for word, _ in chosen), " ".join(word for _, word in reversed(chosen))))
     return made
@@ -139,6 +141,7 @@ def training(options: DataOptions) -> Any:
     common.check_task("pairs", options, TASKS)
     path = _file(options)
     pairs = made_pairs(options.count, options.seed, **_sizes(options)) if path is None else read_pairs(path)
+    collate = torch_tools.PluginFunction(load_plugin, "datasets", "pairs", "collate")
     return common.items("pairs", pairs, options, collate=collate)
 
 

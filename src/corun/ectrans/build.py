@@ -227,7 +227,8 @@ def tied_names(model: Any) -> list[list[str]]:
 def position_tables(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     """Marian's tables of positions, which its files leave out, for the names `state` lacks."""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name.endswith(POSITIONS_SUFFIX)}
-    return {name: sinusoids(*shape) for name, shape in shapes.items() if name not in state}
+    dtype = next(iter(state.values())).dtype
+    return {name: sinusoids(*shape).to(dtype) for name, shape in shapes.items() if name not in state}
 
 
 def sinusoids(positions: int, width: int) -> Any:

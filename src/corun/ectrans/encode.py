@@ -76,11 +76,14 @@ class Encoder:
 
     def encode(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden (n, L, d), mask int64 (n, L)) of n sentences; rows are padded to the longest one."""
+        return self.encode_padded(*padded(ids, self.pad_id, self.device))
+
+    def encode_padded(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of rows that are padded already: ids and mask (n, L) on the encoder's device."""
         import torch
 
-        table, mask = padded(ids, self.pad_id, self.device)
         with torch.no_grad():
-            return self.module(input_ids=table, attention_mask=mask).last_hidden_state, mask
+            return self.module(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def embed(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(embedded (n, L, d), mask (n, L)): the client's side of the partition `embed`."""

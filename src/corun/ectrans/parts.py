@@ -54,7 +54,7 @@ def split(model_dir: Path, out: Path, embedding: bool = False) -> Path:
         tied = {ENCODER: _write(_encoder_state(model, state), out / ENCODER)}
         tied[DECODER] = _write(_decoder_state(model, state), out / DECODER)
         if embedding:
-            _write({TABLE: build.encoder_of(model).embed_tokens.weight.detach()}, out / EMBEDDING)
+            _write({TABLE: state[build.encoder_prefix(model.config) + TABLE]}, out / EMBEDDING)
         _write_manifest(out, model, tied)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from None
@@ -87,7 +87,7 @@ def check(parts: Path, model_dir: Path | None = None) -> None:
     manifest = read_manifest(parts)
     for name in manifest["files"]:
         _verify(parts, manifest, name)
-    whole = joined(parts) if model_dir is None else build.read_model(model_dir)
+    whole = (joined(parts) if model_dir is None else build.read_model(model_dir)).float()
     rows = [
         [3 + (7 * i + row) % (whole.config.vocab_size - 3) for i in range(CHECKED_TOKENS - row)] for row in (0, 3)
     ]
