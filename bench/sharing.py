@@ -22,7 +22,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from bench.common import last_line, store
+from bench.common import RESULTS, fill, last_line, machine, markdown, store
 from corun.clock import NS_PER_MS, NS_PER_S
 from corun.errors import InputError, guard
 from corun.share.controllers import percentile_ms
@@ -32,6 +32,7 @@ from corun.share.slack import choose_micro
 from corun.share.spec import parse
 from corun.stats import poisson_arrivals, sample_floor
 
+PAGE = RESULTS.parents[1] / "docs" / "sharing.md"
 PERCENTILES = (50.0, 95.0, 99.0)
 REPLICATES = 2000
 LEVEL = 0.95
@@ -82,6 +83,8 @@ def main(
         found = figures(measured)
         details = {"utilisation": measured.utilisation, "quick": quick, **measured.details}
         store(f"sharing_{device}", found, details)
+        if not quick and not chosen:
+            fill(PAGE, f"sharing_{device}", page_table(found, details))
         print(table(found), flush=True)
         last_line(found)
 
@@ -159,6 +162,33 @@ def table(found: Mapping[str, Any]) -> str:
         cells = [f"{row[key]:7.2f}" if row[key] is not None else "    n/a" for key in ("p50_x", "p95_x", "p99_x")]
         lines.append(f"{name:24} {' '.join(cells)} {interval:>16} {row['train_x']:8.2f} {row['idle_eff']:9.2f}")
     return "\n".join([*lines, f"most training within 10 % of the p99 alone: {found['best_within_10pct']}"])
+
+
+def page_table(found: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    """The figures for docs/sharing.md, with what they were measured on."""
+    host = machine()
+    where = (
+        f"{host['cores']} cores of {host['cpu']}; {details['service']} served, {details['trainer']} trained"
+        if "service" in details
+        else f"simulated device, service {details['service_ms']:g} ms"
+    )
+    about = (
+        f"{where}; {details['repeats']} repeats of {details['seconds']:g} s, service busy "
+        f"{100 * details['utilisation']:.0f} % alone. In brackets: 95 % intervals over repeats."
+    )
+    columns = ("policy", "p50_x", "p95_x", "p99_x", "train_x", "idle_eff")
+    rows = [
+        (name, *(_with_interval(row, key) for key in ("p50_x", "p95_x", "p99_x", "train_x", "idle_eff")))
+        for name, row in found["policies"].items()
+    ]
+    best = found["best_within_10pct"] or "none of them"
+    return f"{about}\n\n{markdown(columns, rows)}\n\nMost training within 10 % of the p99 alone: {best}."
+
+
+def _with_interval(row: Mapping[str, Any], key: str) -> str | None:
+    bounds = row["ci"][key]
+    value = None if row[key] is None else f"{row[key]:.2f}"
+    return f"{value} [{bounds[0]:.2f}, {bounds[1]:.2f}]" if value and bounds else value
 
 
 # The simulated device
