@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 6
 IGNORE = -100
+LONGEST_CHARACTER = 4
 
 TOP_LEVEL = {
     "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -391,6 +392,30 @@ class Tokenizer:
         """
         text: str = self._pieces.decode([int(i) for i in ids if self.eos < i < self.size])
         return text.rstrip("\ufffd") if partial else text
+
+
+class TextStream:
+    """The text of an answer whose ids come one by one: `add` returns what each adds, "" in mid-character.
+
+    Pieces are decoded together with those before them (a piece alone loses its leading space); only what follows the
+    last text given is kept, so each step costs the same however long the answer is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0
+
+    def add(self, token: int) -> str:
+        """One more id."""
+        self._ids.append(int(token))
+        before = self._tokenizer.decode(self._ids[: self._given])
+        text = self._tokenizer.decode(self._ids)
+        unfinished = text.endswith("\ufffd") and len(self._ids) - self._given < LONGEST_CHARACTER
+        if len(text) <= len(before) or unfinished:
+            return ""
+        self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
+        return text[len(before) :]
 
 
 class BytePieces:

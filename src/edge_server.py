@@ -48,6 +48,7 @@ def main(
     with guard():
         set_threads(threads)
         from corun.llm import edge
+        from corun.llm import items as texts
         from corun.run.directory import result_root
         from corun.torch_tools import resolve_device
 
@@ -69,7 +70,7 @@ def main(
             threads=threads,
             publish=publish,
         )
-        items = edge.read_items(data) if data else list(edge.DEFAULT_DATA)
+        items = texts.read_items(data) if data else list(edge.DEFAULT_DATA)
         edge.check(items, options)
         directory = out or result_root() / f"edge-{datetime.now():%Y%m%d-%H%M%S}"
         result = edge.serve_and_learn(items, options, directory / "adapter")

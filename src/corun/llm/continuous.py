@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from corun.clock import NS_PER_S, now_ns
@@ -52,6 +52,7 @@ class ContinuousEngine:
         self.model = model.eval()
         self.name = name
         self.version = 0
+        self._max_batch = max_batch
         self._limit = min(blocks * page, int(model.config.max_position_embeddings))
         self._manager = _manager(model, blocks, page, max_batch, max_batch_tokens)
         self._tickets: dict[str, Ticket] = {}
@@ -64,10 +65,15 @@ class ContinuousEngine:
         self._manager.start()
         self._thread.start()
 
-    def submit(self, prompt: Prompt) -> Ticket:
+    @property
+    def has_room(self) -> bool:
+        """Whether one more prompt would be computed at once."""
+        return len(self._tickets) < self._max_batch
+
+    def submit(self, prompt: Prompt, on_done: Callable[[Ticket], None] | None = None) -> Ticket:
         """Hand a prompt to the running batch; InputError when the pool can never hold it, RunFault once it stopped."""
         check_fits(prompt, self._limit)
-        ticket = Ticket(prompt, now_ns())
+        ticket = Ticket(prompt, now_ns(), on_done)
         ticket.version = self.version
         number = f"p{next(self._numbers)}"
         with self._lock:
@@ -76,7 +82,12 @@ class ContinuousEngine:
             self._tickets[number] = ticket
         eos = NO_EOS if prompt.eos is None else prompt.eos
         self._manager.add_request(
-            list(prompt.ids), number, prompt.max_new_tokens, record_timestamps=True, eos_token_id=eos
+            list(prompt.ids),
+            number,
+            prompt.max_new_tokens,
+            streaming=prompt.on_token is not None,
+            record_timestamps=True,
+            eos_token_id=eos,
         )
         return ticket
 
@@ -113,9 +124,13 @@ class ContinuousEngine:
                     return
 
     def _resolve(self, result: Any) -> None:
+        ended = result.is_finished()
         with self._lock:
-            ticket = self._tickets.pop(result.request_id, None)
+            ticket = (self._tickets.pop if ended else self._tickets.get)(result.request_id, None)
         if ticket is None:
+            return
+        self._show(ticket, result)
+        if not ended:
             return
         if result.error:
             ticket.fail(RuntimeError(result.error))
@@ -124,6 +139,15 @@ class ContinuousEngine:
         stopped = "eos" if ids and ids[-1] == ticket.prompt.eos else "length"
         stamps = tuple(round(stamp * NS_PER_S) for stamp in result.timestamps or ())
         ticket.resolve(Generated(ids, stamps, stopped))
+
+    def _show(self, ticket: Ticket, result: Any) -> None:
+        """Tell whoever follows the answer its new tokens."""
+        follow = ticket.prompt.on_token
+        if follow is not None and not result.error:
+            shown, ids = ticket.shown, result.generated_tokens
+            for token, stamp in zip(ids[shown:], result.timestamps[shown:], strict=False):
+                follow(token, round(stamp * NS_PER_S))
+            ticket.shown = len(ids)
 
     def _give_up(self) -> None:
         now = now_ns()

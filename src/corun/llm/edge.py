@@ -1,8 +1,4 @@
-"""The edge server: one ChatGLM2 base, an adapter that answers while another one learns.
-
-data   sentences [["hello"], ["hi"]]: turns of a conversation each, the last one is the question
-       labels    ["yes", null]: what to answer; null where nothing is known (an error when training)
-"""
+"""The edge server: one ChatGLM2 base, an adapter that answers while another one learns."""
 
 from __future__ import annotations
 
@@ -18,83 +14,16 @@ from corun.llm.base import load_base, share, tree
 from corun.llm.continuous import ContinuousEngine
 from corun.llm.engine import Engine, StaticEngine, Ticket
 from corun.llm.generate import Prompt
-from corun.llm.learn import Example, LearnOptions, LearnStep
+from corun.llm.items import Item, example, prompt_ids
+from corun.llm.learn import LearnOptions, LearnStep
 from corun.llm.sharing import PROCESS, THREAD, Job, LearnerHandle, scratch, start_learner
 from corun.serve.batcher import Batcher
 
 ENGINES = ("static", "continuous")
-KEYS = ("sentence", "label")
 LONGEST_DELAY_NS = 2_000_000
 
 
-@dataclass(frozen=True)
-class Item:
-    """One conversation and its label; turns alternate question and answer and end with a question."""
-
-    turns: tuple[str, ...]
-    label: str | None = None
-
-
 DEFAULT_DATA = (Item(("hello",), "yes"), Item(("hi",), "no"))
-
-
-def make_items(sentences: Sequence[Any], labels: Sequence[Any] | None = None) -> list[Item]:
-    """Items from parallel lists of sentences (a text or a list of turns) and labels (a text or None)."""
-    given = [None] * len(sentences) if labels is None else list(labels)
-    problems = []
-    if len(given) != len(sentences):
-        problems.append(f"{len(sentences)} sentences and {len(given)} labels")
-    if not sentences:
-        problems.append("there is no sentence")
-    items = []
-    for index, (sentence, label) in enumerate(zip(sentences, given, strict=False)):
-        turns = (sentence,) if isinstance(sentence, str) else sentence
-        if not isinstance(turns, list | tuple) or len(turns) % 2 == 0 or not all(isinstance(t, str) for t in turns):
-            problems.append(f'sentence {index} is neither a text nor an odd number of turns, e.g. ["hello"]')
-        elif label is not None and not isinstance(label, str):
-            problems.append(f"label {index} is neither a text nor null")
-        else:
-            items.append(Item(tuple(turns), label))
-    if problems:
-        raise InputError("the data are wrong", problems[:8])
-    return items
-
-
-def read_items(path: Path) -> list[Item]:
-    """Items from JSON ([sentences, labels], {"sentence": [...], "label": [...]} or a list of objects) or JSON lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if isinstance(value, dict):
-        _check_keys(value, path)
-        return make_items(_list(value.get("sentence"), path), value.get("label"))
-    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        for row in value:
-            _check_keys(row, path)
-        return make_items([row.get("sentence") for row in value], [row.get("label") for row in value])
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(part, list) for part in value):
-        return make_items(value[0], value[1])
-    raise InputError(
-        f"{path} holds no data", ['write [[["hello"], ["hi"]], ["yes", null]] or {"sentence": ..., "label": ...}']
-    )
-
-
-def _check_keys(row: dict[str, Any], path: Path) -> None:
-    unknown = [f'key "{key}" is unknown{suggest(key, KEYS)}' for key in row if key not in KEYS]
-    if unknown:
-        raise InputError(f"{path} has unknown keys", unknown)
-
-
-def _list(value: Any, path: Path) -> list[Any]:
-    if not isinstance(value, list):
-        raise InputError(f'{path}: "sentence" is not a list')
-    return value
 
 
 @dataclass(frozen=True)
@@ -222,23 +151,11 @@ def _engine(base: Any, options: EdgeOptions) -> Engine:
 
 def _job(items: Sequence[Item], base: Any, options: EdgeOptions) -> Job:
     return Job(
-        examples=[_example(item, base.tokenizer) for item in items],
+        examples=[example(item, base.tokenizer) for item in items],
         options=LearnOptions(batch_size=min(options.bs, len(items)), lr=options.lr),
         path=options.train_path,
         threads=options.threads,
     )
-
-
-def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
-    """Ids of a conversation in the chat format."""
-    pairs = list(zip(item.turns[:-1:2], item.turns[1::2], strict=True))
-    ids: list[int] = tokenizer.prompt(item.turns[-1], pairs)
-    return ids
-
-
-def _example(item: Item, tokenizer: Any) -> Example:
-    assert item.label is not None
-    return prompt_ids(item, tokenizer), [*tokenizer.encode(item.label, special=False), tokenizer.eos]
 
 
 def _answer_all(items: Sequence[Item], base: Any, options: EdgeOptions, engine: Engine) -> list[Answer]:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 from corun.clock import NS_PER_S, now_ns
@@ -28,13 +29,16 @@ FOREVER_NS = sys.maxsize
 class Ticket:
     """One prompt on its way: wait for `result`, or `cancel`.
 
-    version: how many adapters had been published when its answer began; None before.
+    version: how many adapters had been published when its answer began; None before. on_done: told once it has its
+    answer, on the engine's thread.
     """
 
-    def __init__(self, prompt: Prompt, arrived_ns: int) -> None:
+    def __init__(self, prompt: Prompt, arrived_ns: int, on_done: Callable[[Ticket], None] | None = None) -> None:
+        self._on_done = on_done
         self.prompt = prompt
         self.arrived_ns = arrived_ns
         self.version: int | None = None
+        self.shown = 0
         self._done = threading.Event()
         self._cancelled = False
         self._result: Generated | None = None
@@ -62,17 +66,27 @@ class Ticket:
         assert self._result is not None
         return self._result
 
+    @property
+    def outcome(self) -> Generated | BaseException | None:
+        """The answer or the failure; None before."""
+        return self._error if self._error is not None else self._result
+
     def resolve(self, result: Generated) -> None:
         """The engine's answer; only the first counts."""
         if not self._done.is_set():
             self._result = result
-            self._done.set()
+            self._tell()
 
     def fail(self, error: BaseException) -> None:
         """The engine's failure instead of an answer."""
         if not self._done.is_set():
             self._error = error
-            self._done.set()
+            self._tell()
+
+    def _tell(self) -> None:
+        self._done.set()
+        if self._on_done is not None:
+            self._on_done(self)
 
     def given_up(self, now: int) -> str:
         """Why no token shall be made at `now` any more: cancelled, deadline or ""."""
@@ -253,8 +267,7 @@ class StaticEngine:
 
 
 def _watched(ticket: Ticket) -> Prompt:
-    prompt = ticket.prompt
-    return Prompt(prompt.ids, prompt.max_new_tokens, prompt.eos, prompt.deadline_ns, lambda: ticket.cancelled)
+    return replace(ticket.prompt, cancelled=lambda: ticket.cancelled)
 
 
 def own_stream(device: Any) -> AbstractContextManager[Any]:

@@ -24,13 +24,17 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text to continue. deadline_ns: no token is made after it. eos None: only the length ends it."""
+    """One text to continue. deadline_ns: no token is made after it. eos None: only the length ends it.
+
+    on_token: told each new id and when it reached the host (ns), on the thread that computes.
+    """
 
     ids: Sequence[int]
     max_new_tokens: int
     eos: int | None = None
     deadline_ns: int | None = None
     cancelled: Callable[[], bool] = never
+    on_token: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class _Row:
             return
         self.ids.append(token)
         self.stamps_ns.append(now)
+        if self.prompt.on_token is not None:
+            self.prompt.on_token(token, now)
         if token == self.prompt.eos:
             self.stopped = "eos"
         elif len(self.ids) >= self.prompt.max_new_tokens:

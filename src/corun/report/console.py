@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from corun.report.slo import Verdict
-from corun.report.summary import Summary
+from corun.report.summary import TOKENS, Summary
 from corun.report.validity import Flag
 
 WIDTH = 100
@@ -40,7 +40,7 @@ def show(
         sentences = [flag.sentence for flag in flags if flag.check == check]
         more = f" (and {len(sentences) - 1} more in validity.json)" if len(sentences) > 1 else ""
         console.print(f"[yellow]not valid:[/] {escape(sentences[0])}{more}", highlight=False)
-    for table in (_latency(summary), _load(summary), _training(summary), _promises(verdicts)):
+    for table in (_latency(summary), _tokens(summary), _load(summary), _training(summary), _promises(verdicts)):
         if table.row_count:
             console.print(table)
     if calibration and calibration.get("status") == "complete":
@@ -88,6 +88,21 @@ def _latency(summary: Summary) -> Table:
                 service, "corun / alone", "sojourn", *(_factor(ratio[f"{name}_x"]) for name in _FIGURES), style="bold"
             )
         table.add_section()
+    return table
+
+
+def _tokens(summary: Summary) -> Table:
+    title = "Tokens (ms; TTFT: to the first, from the intended send time; TPOT: per token after it)"
+    right = ("tokens/s", "TTFT p50", "TTFT p99", "TPOT p50")
+    table = _table(title, ("service", "arm"), right)
+    for service, rows in _services(summary):
+        rows = [row for row in rows if row.get("tokens_per_s") is not None]
+        for row in rows:
+            table.add_row(service, row["arm"], *(_number(row[name]) for name in TOKENS))
+        ratio = summary.ratios.get("services", {}).get(service, {})
+        if rows and "tokens_per_s_x" in ratio:
+            factors = (_factor(ratio[f"{name.removesuffix('_ms')}_x"]) for name in TOKENS)
+            table.add_row(service, "corun / alone", *factors, style="bold")
     return table
 
 

@@ -25,6 +25,7 @@ from corun.stats import percentile_of
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
+TOKENS = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms")
 _QUANTILES = (50, 90, 95, 99)
 
 
@@ -72,7 +73,8 @@ def as_json(summary: Summary) -> dict[str, Any]:
 def _service_json(row: Row) -> Row:
     kept = ("requests", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "max_ms", "response_p50_ms", "response_p99_ms")
     rest = ("sent_rate", "intended_rate", "slip_p50_ms", "slip_p99_ms", "errors", "weights")
-    return {name: _rounded(row[name]) for name in (*kept, *rest)}
+    made = TOKENS if row.get("tokens_per_s") is not None else ()
+    return {name: _rounded(row[name]) for name in (*kept, *rest, *made)}
 
 
 def _service_rows(path: Path, manifest: dict[str, Any], windows: list[Window]) -> list[Row]:
@@ -119,9 +121,24 @@ def _latency(table: Table, windows: list[Window]) -> Row:
     for quantile in _QUANTILES:
         row[f"p{quantile}_ms"] = percentile_of(ok["sojourn_ms"], quantile)
         row[f"response_p{quantile}_ms"] = percentile_of(ok["response_ms"], quantile)
+    row.update(_tokens(ok, seconds))
     for quantile in (50, 99):
         row[f"slip_p{quantile}_ms"] = percentile_of(slip, quantile)
     return row
+
+
+def _tokens(ok: Table, seconds: float) -> Row:
+    """Tokens of the answers and their times; nothing for a model that makes none."""
+    counts = ok["tokens_out"][~np.isnan(ok["tokens_out"])]
+    if not len(counts):
+        return {}
+    first, rest = (ok[name][~np.isnan(ok[name])] for name in ("ttft_ms", "tpot_ms"))
+    return {
+        "tokens_per_s": float(counts.sum()) / seconds if seconds else None,
+        "ttft_p50_ms": percentile_of(first, 50),
+        "ttft_p99_ms": percentile_of(first, 99),
+        "tpot_p50_ms": percentile_of(rest, 50),
+    }
 
 
 def _trainer_rows(path: Path, manifest: dict[str, Any], windows: list[Window]) -> list[Row]:
@@ -176,10 +193,11 @@ def ratios(rows: list[Row]) -> dict[str, Any]:
         if row["role"] == "trainer":
             found["train_x"] = _ratio(row["train_samples_per_s"], base["train_samples_per_s"])
         else:
-            figures = ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "max_ms", "sent_rate")
+            tokens = TOKENS if base.get("tokens_per_s") is not None else ()
+            figures = ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "max_ms", "sent_rate", *tokens)
             services = found.setdefault("services", {})
             services[name] = {
-                f"{figure.removesuffix('_ms')}_x": _ratio(row[figure], base[figure]) for figure in figures
+                f"{figure.removesuffix('_ms')}_x": _ratio(row.get(figure), base[figure]) for figure in figures
             }
     return found
 

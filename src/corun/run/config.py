@@ -149,6 +149,13 @@ class Service(_Model):
     max_batch: Positive = 1
     max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
     policy: str = "fifo"
+    deadline_ms: Annotated[int, Field(ge=0, lt=1 << 23)] = Field(
+        0, description="a request is ended so long after its due instant; 0 = never"
+    )
+    cancel_after_ms: Annotated[int, Field(ge=0)] = Field(
+        0, description="the client takes a request back so long after it was sent; 0 = never"
+    )
+    whole: bool = Field(False, description="generated answers come in one piece, not token by token")
     follow: str | None = Field(None, description="directory of published weights to take up as they come")
     slo: Slo = Field(Slo(), description="promises of this service; they replace the same ones of the whole file")
     extra: dict[str, Any] = {}

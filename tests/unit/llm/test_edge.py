@@ -14,8 +14,9 @@ import torch
 from corun.errors import InputError
 from corun.llm import adapters
 from corun.llm.base import load_base, tree
-from corun.llm.edge import DEFAULT_DATA, EdgeOptions, Item, check, make_items, prompt_ids, read_items, serve_and_learn
+from corun.llm.edge import DEFAULT_DATA, EdgeOptions, check, serve_and_learn
 from corun.llm.generate import Prompt, generate
+from corun.llm.items import Item, make_items, prompt_ids, read_items
 from corun.llm.learn import LearnOptions, new_learner
 
 ROOT = Path(__file__).resolve().parents[3]

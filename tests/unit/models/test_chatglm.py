@@ -378,7 +378,7 @@ def answers(servable: Any, payloads: list[bytes]) -> list[dict[str, Any]]:
 
 def test_the_service_answers_a_batch_as_it_answers_alone() -> None:
     """Left padding does not change greedy tokens; the servable takes prompts and ids."""
-    servable = plugin.ChatGlm("tiny", ModelOptions())
+    servable = plugin.serve("tiny", ModelOptions())
     payloads = [
         b'{"prompt": "hello", "max_new_tokens": 6}',
         b'{"ids": [5, 6, 7], "max_new_tokens": 9}',
@@ -406,7 +406,7 @@ def test_the_service_answers_a_batch_as_it_answers_alone() -> None:
 )
 def test_bad_requests_are_value_errors(payload: bytes) -> None:
     """A request that is no prompt is refused with a sentence."""
-    servable = plugin.ChatGlm("tiny", ModelOptions())
+    servable = plugin.serve("tiny", ModelOptions())
     with pytest.raises(ValueError, match=r"\w+ \w+"):
         servable.decode(payload)
 
@@ -415,7 +415,7 @@ def test_wrong_options_are_listed() -> None:
     """Unknown options and wrong values are all named at once."""
     options = ModelOptions(weights="default", extra={"max_new_token": 3, "prompt_tokens": 0})
     with pytest.raises(InputError) as refused:
-        plugin.ChatGlm("tiny", options)
+        plugin.serve("tiny", options)
     assert len(refused.value.problems) == 3
 
 
