@@ -16,7 +16,7 @@ import msgspec
 from corun.errors import PeerClosed, RunFault
 from corun.wire import Address
 
-__all__ = ["Add", "Drain", "Remove", "ReplicaFigures", "RouterControl", "RouterFigures", "Stats", "Told"]
+__all__ = ["Add", "Drain", "Finish", "Remove", "ReplicaFigures", "RouterControl", "RouterFigures", "Stats", "Told"]
 
 RECEIVE_SIZE = 64 << 10
 
@@ -46,7 +46,11 @@ class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     since: int = 0
 
 
-Command = Add | Drain | Remove | Stats
+class Finish(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="finish"):
+    """Turn new requests away (DRAINING) from now on; what is open is answered."""
+
+
+Command = Add | Drain | Remove | Stats | Finish
 
 
 class ReplicaFigures(msgspec.Struct, frozen=True):
@@ -131,6 +135,9 @@ class RouterControl:
         if told is None:
             raise PeerClosed(f"the router at {self.address} answered without its figures")
         return told
+
+    def finish(self) -> None:
+        self._tell(Finish())
 
     def close(self) -> None:
         sock, self._sock = self._sock, None

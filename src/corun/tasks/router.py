@@ -37,6 +37,7 @@ from corun.tasks.commands import (
     Add,
     Command,
     Drain,
+    Finish,
     Remove,
     ReplicaFigures,
     RouterFigures,
@@ -121,6 +122,7 @@ class Router:
         self._latencies = array("q")
         self._first_latency = 0
         self._stop_by_ns = 0
+        self._turning_away = False
         self._listener = self._listen(options.listen, self._accept)
         self.address = _bound(options.listen, self._listener)
         self._control = self._listen(options.control, self._accept_control) if options.control else None
@@ -171,6 +173,7 @@ class Router:
 
     def _finish(self, stop: StopRequest, _events: int) -> None:
         self._unwatch(stop.fileno())
+        self._turning_away = True
         self._stop_by_ns = now_ns() + round(self.options.finish_s * NS_PER_S)
         self._say(f"{self.options.name} finishes: {self.routing.open} requests are open")
 
@@ -232,7 +235,7 @@ class Router:
         for header, payload, _, t_done in frames:
             if header.kind != INFER:
                 self._ask(client, header, payload)
-            elif self._stop_by_ns:
+            elif self._turning_away:
                 self.routing.turn_away(Pending(client, header, payload, t_done))
             else:
                 self.routing.submit(Pending(client, header, payload, t_done), t_done)
@@ -437,6 +440,8 @@ class Router:
                 self.drain(command.name)
             case Remove():
                 self.remove(command.name)
+            case Finish():
+                self._turning_away = True
             case Stats():
                 return Told(True, stats=self.figures(command.since))
         return Told(True)
