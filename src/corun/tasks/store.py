@@ -249,14 +249,14 @@ class Store:
 
     def set_choice(self, task_id: str, choice: Choice) -> None:
         """Keep what was chosen; an event when the model differs from the last one."""
-        before = self.choice(task_id)
         with self._transaction() as db:
             self._require(task_id)
-            db.execute(
-                "INSERT OR REPLACE INTO choices VALUES (?, ?, ?)",
-                (task_id, self._clock(), json.dumps(asdict(choice))),
-            )
-            if before is None or before.model != choice.model:
+            before = self.choice(task_id)
+            same = before is not None and before.model == choice.model
+            since_s = self.chosen_s(task_id) if same else self._clock()
+            body = json.dumps(asdict(choice))
+            db.execute("INSERT OR REPLACE INTO choices VALUES (?, ?, ?)", (task_id, since_s, body))
+            if not same:
                 self._event(db, task_id, "choice", f"{choice.model or 'no model'}: {choice.why}")
 
     def choice(self, task_id: str) -> Choice | None:

@@ -155,7 +155,7 @@ def kinds() -> tuple[str, ...]:
     return tuple(sorted({model.task for model in registry.models().values()}))
 
 
-def parse_slo(value: Slo | str | Mapping[str, Any]) -> Slo:
+def parse_slo(value: object) -> Slo:
     """`p99<=100, max<=1s` (ms unless it says s), `{"p99_ms": 100}`, or an Slo; InputError lists every problem."""
     if isinstance(value, Slo):
         return value
@@ -168,12 +168,14 @@ def parse_slo(value: Slo | str | Mapping[str, Any]) -> Slo:
                 problems.append(f'"{part.strip()}" is no bound; write p99<=100 (p50, p90, p95, p99 or max, in ms)')
                 continue
             bounds[f"{found[1]}_ms"] = float(found[2]) * (1000 if found[3] == "s" else 1)
-    else:
+    elif isinstance(value, Mapping):
         bounds = dict(value)
+    else:
+        problems.append(f'write "p99<=100" or {{"p99_ms": 100}} (got {json.dumps(value, default=str)})')
     known = tuple(Slo.model_fields)
     for name, bound in bounds.items():
         if name not in known:
-            problems.append(f'unknown bound "{name}"{suggest(name, known)}; bounds are {", ".join(known)}')
+            problems.append(f'unknown bound "{name}"{suggest(str(name), known)}; bounds are {", ".join(known)}')
         elif not isinstance(bound, int | float) or isinstance(bound, bool) or not (0 < bound < math.inf):
             problems.append(f"{name}: give milliseconds above 0 (got {json.dumps(bound, default=str)})")
     if problems:
