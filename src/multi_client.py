@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from corun import registry
 from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, guard
-from corun.launch.arguments import spread
+from corun.launch.arguments import launch_of, spread
 from corun.launch.segments import process_of
 from corun.launch.sweep import CellResult, run_sweep, sweep_name
 from corun.process import StopSignal
@@ -42,6 +42,9 @@ def main(
     image_size: Annotated[int | None, typer.Option(min=1, help="default: each model's own")] = None,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="measure complete cells again")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the cells and their wall time")] = False,
+    launch: Annotated[
+        str | None, typer.Option(help='clients on a cluster: a config.json with "launch", or that object')
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="where sweep directories go; default result/")] = None,
 ) -> None:
     """Measure running servers; started again with the same arguments it goes on where it stopped."""
@@ -49,7 +52,8 @@ def main(
         for name in models:
             registry.model(name)
         shared: dict[str, Any] = {"data": data, "mode": mode, "process": process, "image_size": image_size}
-        config = Config(duration_s={"alone": duration, "corun": duration}, seed=seed, host=host, port=port)
+        windows = {"alone": duration, "corun": duration}
+        config = Config(duration_s=windows, seed=seed, host=host, port=port, launch=launch_of(launch))
         cells = _cells(models, comb or [], rates or [10.0], repeat, config, train_model, shared)
         if dry_run:
             for cell in cells:

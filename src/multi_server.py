@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import sys
 from datetime import datetime
@@ -14,11 +13,13 @@ import typer
 from corun import registry
 from corun.errors import EXIT_FAILED, InputError, RunFault, guard
 from corun.launch import commands
-from corun.launch.arguments import spread
-from corun.launch.children import Child, Family
+from corun.launch.arguments import launch_of, spread
+from corun.launch.children import Child
+from corun.launch.control import hold
+from corun.launch.crew import Crew, make_crew
 from corun.process import StopSignal
-from corun.run.config import Service
-from corun.run.directory import result_root
+from corun.run.config import Config, Pair, Service
+from corun.run.directory import RunDirectory, result_root
 from corun.wire.channel import Channel
 from corun.wire.messages import Stop
 from corun.wire.sockets import Address, connect
@@ -46,6 +47,9 @@ def main(
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile")] = False,
     weights: Annotated[str | None, typer.Option(help="default or a state dict file")] = None,
     image_size: Annotated[int | None, typer.Option(min=1)] = None,
+    launch: Annotated[
+        str | None, typer.Option(help='servers on a cluster: a config.json with "launch", or that object')
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="directory for infer_server/*.csv; default result/servers-<time>")
     ] = None,
@@ -75,13 +79,31 @@ def main(
             "weights": weights,
             "image_size": image_size,
         }
-        addresses = [Address("tcp", host, port + index) for index in range(count)]
-        with StopSignal() as stop, Family(directory) as family:
-            for index, address in enumerate(addresses):
-                service = Service(arch=names[index] if names else "none", name=_name(names, index), **options)
-                argv, environment = commands.server(service, address, directory, os.getpid())
-                family.start("server", service.label, argv, environment)
-            raise typer.Exit(_watch(family, addresses, stop, directory))
+        services = [
+            Service(arch=names[index] if names else "none", name=_name(names, index), **options)
+            for index in range(count)
+        ]
+        with StopSignal() as stop, _crew(services, Config(host=host, launch=launch_of(launch)), directory) as crew:
+            raise typer.Exit(_watch(*_start(crew, services, port), crew, stop, directory))
+
+
+def _crew(services: list[Service], config: Config, directory: Path) -> Crew:
+    cell = Pair(train=None, services=tuple(services), arms=("alone",), config=config)
+    return make_crew(cell, RunDirectory(directory, {}), lambda fault: print(fault, flush=True))
+
+
+def _start(crew: Crew, services: list[Service], port: int) -> tuple[list[Child], list[Address]]:
+    children, addresses = [], []
+    for index, service in enumerate(services):
+        place = crew.place("server", index)
+        addresses.append(Address("tcp", place.host, port + index))
+        command = commands.server(service, addresses[-1], place.out, place.parent_pid)
+        children.append(crew.start(place, "server", service.label, *command))
+    for child, address in zip(children, addresses, strict=True):
+        if child.node:
+            hold(child, address, crew)
+    crew.compare_clocks("before")
+    return children, addresses
 
 
 def _name(names: list[str], index: int) -> str:
@@ -91,14 +113,14 @@ def _name(names: list[str], index: int) -> str:
     return f"{names[index]}-{twice + 1}" if twice else names[index]
 
 
-def _watch(family: Family, addresses: list[Address], stop: StopSignal, directory: Path) -> int:
+def _watch(children: list[Child], addresses: list[Address], crew: Crew, stop: StopSignal, directory: Path) -> int:
     """Report until stopped; a server that dies is named and the others go on."""
     poller = select.poll()
     poller.register(stop.fileno(), select.POLLIN)
     alive: dict[int, tuple[Child, Address]] = {}
-    for child, address in zip(family.children, addresses, strict=True):
-        poller.register(child.pidfd, select.POLLIN)
-        alive[child.pidfd] = (child, address)
+    for child, address in zip(children, addresses, strict=True):
+        poller.register(child.fd, select.POLLIN)
+        alive[child.fd] = (child, address)
     print(f"{len(alive)} servers starting on {addresses[0]} and up; logs and rows in {directory}", flush=True)
     failed = False
     while alive and not stop.requested:
@@ -106,9 +128,10 @@ def _watch(family: Family, addresses: list[Address], stop: StopSignal, directory
             if fd in alive:
                 poller.unregister(fd)
                 child, address = alive.pop(fd)
-                child.popen.wait()
+                child.closed_fd()
                 failed = True
                 print(f"{child.name} on {address} {child.how_it_ended()}", flush=True)
+    crew.compare_clocks("after")
     for child, address in alive.values():
         _stop(child, address)
     return EXIT_FAILED if failed else 0

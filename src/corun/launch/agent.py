@@ -18,17 +18,20 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from corun.errors import RunFault
 from corun.launch.children import Child, Family
-from corun.load.ring import ring_to_csv
+from corun.launch.merge import rings_to_rows
 from corun.process import available_cores, clock_id
 from corun.registry import home
 from corun.run.directory import git_state, hardware, versions
 from corun.share.policy import Cast
 from corun.share.sharing import Sharing
+from corun.tasks.process_runtime import ProcessHandle, ProcessRuntime
+from corun.tasks.runtime import ReplicaSpec
 
 ACCELERATORS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 NICENESS = "RAY_worker_niceness"
@@ -41,6 +44,8 @@ class NodeAgent:
         self._directory = Path(tempfile.mkdtemp(prefix="corun-node-"))
         self._family = Family(self._directory)
         self._sharing: Sharing | None = None
+        self._replicas: dict[str, ProcessHandle] = {}
+        self._moved: dict[str, str] = {}
 
     def facts(self) -> dict[str, Any]:
         """What the launcher has to know of this node before it starts anything here."""
@@ -129,6 +134,24 @@ class NodeAgent:
             file.seek(offset)
             return file.read(size)
 
+    # Replicas of the control plane
+
+    def start_replica(self, spec: ReplicaSpec) -> tuple[str, dict[str, str]]:
+        """Start one on this node, its log in this node's directory; its key, and the limits that are in force."""
+        own = replace(spec, log_path=self._directory / "logs" / f"{spec.name}.log")
+        handle = ProcessRuntime().start(own)
+        self._replicas[handle.id] = handle
+        return handle.id, handle.limits_in_force
+
+    def replica(self, key: str, method: str, *arguments: Any) -> Any:
+        """Ask a replica's handle: one of the methods of ProcessHandle."""
+        return getattr(self._replicas[key], method)(*arguments)
+
+    def end_replica(self, key: str) -> None:
+        """Ask a replica to finish, without waiting for it."""
+        if self._replicas[key].alive():
+            os.kill(int(key), signal.SIGTERM)
+
     # Sharing
 
     def share(self, spec: Any, cast: Cast) -> tuple[str, bool]:
@@ -147,6 +170,8 @@ class NodeAgent:
     def terminate(self) -> None:
         """SIGTERM to every process, SIGKILL to what is left; policies are taken back. Files stay."""
         self._family.terminate()
+        for handle in self._replicas.values():
+            handle.kill()
         if self._sharing is not None:
             self._sharing.close()
             self._sharing = None
@@ -154,14 +179,6 @@ class NodeAgent:
     def remove(self) -> None:
         """Delete the node's directory: its files are with the launcher."""
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def rings_to_rows(directory: Path, service: str, segment: int) -> None:
-    """The ring of one client and window, if there is one, becomes rows of its table and is removed."""
-    ring = directory / f"{service}.{segment}.ring"
-    if ring.exists():
-        ring_to_csv(ring, directory / f"{service}.csv")
-        ring.unlink()
 
 
 def relocate(argv: Sequence[str], moved: Mapping[str, str]) -> list[str]:
@@ -199,4 +216,4 @@ def _be_as_nice_as(pid: int) -> None:
         ) from None
 
 
-__all__ = ["NodeAgent", "relocate", "rings_to_rows"]
+__all__ = ["NodeAgent", "relocate"]

@@ -1,8 +1,14 @@
-"""`--models a b c` on command lines whose parser wants `--models a --models b --models c`."""
+"""`--models a b c` on command lines whose parser wants `--models a --models b --models c`; `--launch` on all."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+
+from corun.errors import InputError
+from corun.run import config
+from corun.run.launching import Launch
 
 
 def spread(argv: Sequence[str], *options: str) -> list[str]:
@@ -20,3 +26,19 @@ def spread(argv: Sequence[str], *options: str) -> list[str]:
             expects_value = False
         spread_out.append(word)
     return spread_out
+
+
+def launch_of(text: str | None) -> Launch:
+    """The value of `--launch`: a config.json whose `launch` key is taken, or that object itself; None = local.
+
+    InputError lists every problem.
+    """
+    if text is None:
+        return Launch()
+    if text.lstrip().startswith("{"):
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"--launch is not JSON: {error}") from None
+        return config.parse({"launch": value}, "--launch").launch
+    return config.load(Path(text)).launch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from corun import registry
@@ -10,6 +11,7 @@ from corun.errors import InputError
 from corun.launch import drift
 from corun.launch.segments import process_of
 from corun.run.config import Pair
+from corun.run.launching import RAY_MISSING
 from corun.share.spec import parse as parse_sharing
 
 
@@ -31,7 +33,18 @@ def describe(cells: Sequence[Pair]) -> Iterator[str]:
     yield f"{len(cells)} cells, about {sum(cell.expected_s for cell in cells) / 60:.1f} minutes"
 
 
+def _launch_problems(cell: Pair) -> Iterator[str]:
+    """What stands in the way of a cluster before it is even asked."""
+    if cell.config.launch.local:
+        return
+    if find_spec("ray") is None:
+        yield f"launch: {RAY_MISSING}"
+    if cell.beside is None and "host" in cell.config.model_fields_set:
+        yield 'host: has no effect with "backend": "ray", where services listen on the address of their node'
+
+
 def _problems(cell: Pair) -> Iterator[str]:
+    yield from _launch_problems(cell)
     jobs = [("train", cell.train.arch, cell.train.data)] if cell.train else []
     for where, arch, data in [*jobs, *(("infer", service.arch, service.data) for service in cell.services)]:
         yield from _problem(where, registry.model, arch)

@@ -93,7 +93,7 @@ class Child:
         if code is None:
             return "is running"
         if code == LOST:
-            return f"was lost with its node: {self.log_tail()}"
+            return f"ended with its node: {self.log_tail()}"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         tail = self.log_tail()

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -91,3 +92,12 @@ def wait_for_server(child: Child, address: Address, family: Watched, timeout_s: 
         channel.close()
         time.sleep(POLL_S)
     raise RunFault(f"{child.label} did not get ready within {timeout_s:.0f} s: {child.log_tail()}")
+
+
+def hold(child: Child, address: Address, family: Watched) -> None:
+    """Connect to a server as soon as it listens: the connection's end will show the server's. RunFault when it ends."""
+    while child.channel is None:
+        family.require_alive()
+        with suppress(PeerClosed):
+            child.channel = Channel(connect(address, timeout_s=1.0))
+        time.sleep(POLL_S)

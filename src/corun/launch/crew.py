@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from corun.launch.agent import rings_to_rows
 from corun.launch.children import Child, Family
 from corun.launch.control import ControlSocket
 from corun.launch.live import NEVER_NS
+from corun.launch.merge import rings_to_rows
 from corun.process import available_cores
 from corun.run.config import Pair
 from corun.run.directory import RunDirectory

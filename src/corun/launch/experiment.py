@@ -229,7 +229,8 @@ class _Experiment:
 
     def _addresses(self, crew: Crew) -> list[Address]:
         """Where the services listen: on their machines, or, when they run elsewhere, where the user says."""
-        config, elsewhere = self._pair.config, self._pair.beside is not None
+        config = self._pair.config
+        elsewhere = self._pair.beside is not None and config.launch.placement.server is None
         hosts = [
             config.host if elsewhere else crew.place("server", index).host
             for index in range(len(self._pair.services))
@@ -269,7 +270,9 @@ class _Experiment:
             stop_ns = start_ns + round(segment.duration_s * NS_PER_S)
             sent = []
             for channel in self._remotes:
-                channel.request(Arm(segment.arm, segment.repeat, segment.index, start_ns, stop_ns), ANSWER_S)
+                ahead_ns = channel.clock_offset().offset_ns
+                begin_ns, end_ns = start_ns + ahead_ns, stop_ns + ahead_ns
+                channel.request(Arm(segment.arm, segment.repeat, segment.index, begin_ns, end_ns), ANSWER_S)
             for child in cast:
                 stream = self._stream(child)
                 first, last = rows.get((segment.index, stream), (0, 0)) if stream is not None else (0, 0)

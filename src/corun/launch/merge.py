@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from corun.clock import Offset
+from corun.load.ring import ring_to_csv
 
 WALL_CLOCK = "t_wall_ns"
 PROFILER_FILES = ("profile.csv", "gpu.csv", "process.csv", "profiler.json")
@@ -145,6 +146,14 @@ class Merged:
         return used
 
 
+def rings_to_rows(directory: Path, service: str, segment: int) -> None:
+    """The ring of one client and window, if there is one, becomes rows of its table and is removed."""
+    ring = directory / f"{service}.{segment}.ring"
+    if ring.exists():
+        ring_to_csv(ring, directory / f"{service}.csv")
+        ring.unlink()
+
+
 def summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Comparisons for the manifest: all of them, and the largest bound in ns."""
     found: Iterator[dict[str, Any]] = (vars(one) for one in comparisons)
@@ -159,5 +168,6 @@ __all__ = [
     "complete_rows",
     "destination",
     "is_instant",
+    "rings_to_rows",
     "summary",
 ]

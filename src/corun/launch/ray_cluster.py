@@ -24,6 +24,7 @@ from corun.errors import CorunError, InputError, RunFault
 from corun.launch.agent import NodeAgent
 from corun.launch.placement import Node, distinct_names
 from corun.registry import home
+from corun.run.launching import RAY_MISSING
 
 CALL_S = 10.0
 AGENT_START_S = 60.0
@@ -43,10 +44,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise InputError(
-            '"backend": "ray" needs Ray, which is not installed here: pip install "corun[ray]", '
-            'or pip install -e ".[ray]" in the checkout'
-        ) from None
+        raise InputError(RAY_MISSING) from None
     return ray
 
 
@@ -126,9 +124,10 @@ class Agent:
         ray = _ray()
         self.node = node
         self.lost = ""
+        self.facts: dict[str, Any] = {}
         options = {"num_cpus": 0, "max_restarts": 0, "label_selector": {OWN_LABEL: node.id}}
         self._actor = ray.remote(NodeAgent).options(**options).remote()
-        self.facts: dict[str, Any] = self.call("facts", timeout_s=AGENT_START_S)
+        self.facts = self.call("facts", timeout_s=AGENT_START_S)
         self.call("release", sys.executable, str(home()))
 
     def call(self, method: str, *arguments: Any, timeout_s: float = CALL_S) -> Any:
@@ -148,7 +147,8 @@ class Agent:
             raise self._lose(f"it did not answer within {timeout_s:g} s") from None
 
     def _lose(self, reason: str) -> NodeLost:
-        self.lost = f"node {self.node.name} ({self.node.address}) was lost: {reason}"
+        kept = f"; what it wrote is in {self.facts['directory']} there" if self.facts else ""
+        self.lost = f"node {self.node.name} ({self.node.address}) was lost: {reason}{kept}"
         return NodeLost(self.lost)
 
     def end(self) -> None:
@@ -163,8 +163,9 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "ModuleNotFoundError" in text:
         return "it cannot import corun: the same checkout and Python environment have to be on every node"
-    told = [line.strip() for line in text.splitlines() if "died" in line or "dead" in line or "unreachable" in line]
-    return (told or text.splitlines() or ["its agent died"])[-1][:300]
+    known = {"unavailable": "its connection broke", "node has died": "it died", "node died": "it died"}
+    told = [sentence for sign, sentence in known.items() if sign in text]
+    return (told or ["its agent died"])[0]
 
 
 __all__ = ["Agent", "NodeLost", "connect", "nodes_of"]

@@ -8,9 +8,9 @@ for as it does for a pidfd; a node that vanishes without a word is found by TCP 
 clock of each other node is compared over the control connection of one of its processes, its profiler first, whose
 round trip is a tenth of an actor call's: before each window, every COMPARE_EVERY_S during it, and after it.
 
-Each node writes into a directory of its own. After each window and at the end the rows are brought here, on the
-launcher's clock (see corun.launch.merge). A node that is lost keeps the run's rows up to the last window, and its
-own directory, should it come back.
+Each node writes into a directory of its own. After each window, once a minute during it and at the end the rows are
+brought here, on the launcher's clock (see corun.launch.merge). What was not brought from a node that is lost stays in
+its directory there.
 """
 
 from __future__ import annotations
@@ -154,16 +154,19 @@ class RayCrew:
         self._shared: RemoteShared | None = None
         self._nodes, self._home = ray_cluster.connect(pair.config.launch.address)
         services = len(pair.services)
+        elsewhere = pair.beside is not None and pair.config.launch.placement.server is None
         self.placement = place(
             self._nodes,
             self._home,
             wants(pair.config.launch.placement),
-            0 if pair.beside is not None else services,
+            0 if elsewhere else services,
             pair.train is not None,
             clients=services,
         )
         self.children: list[Child] = []
-        self._next_ns = NEVER_NS
+        self._compare_ns = NEVER_NS
+        self._every_ns = round(pair.config.launch.collect_s * NS_PER_S)
+        self._collect_ns = NEVER_NS
 
     def __enter__(self) -> Self:
         try:
@@ -251,6 +254,7 @@ class RayCrew:
         child.agent = agent
         self.children.append(child)
         row = {"pid": pid, "role": role, "name": name, "node": place.node, "t_ns": now_ns(), "argv": list(argv)}
+        self._run.path.mkdir(parents=True, exist_ok=True)
         with open(self._run.file("processes.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return child
@@ -298,11 +302,13 @@ class RayCrew:
 
     @property
     def next_ns(self) -> int:
-        return self._next_ns
+        return min(self._compare_ns, self._collect_ns)
 
     def tick(self) -> None:
-        if now_ns() >= self._next_ns:
+        if now_ns() >= self._compare_ns:
             self.compare_clocks("during")
+        if now_ns() >= self._collect_ns:
+            self.collect()
 
     def compare_clocks(self, when: str) -> None:
         """A node whose clock cannot be compared now keeps its last offset; that it is gone shows elsewhere."""
@@ -317,7 +323,9 @@ class RayCrew:
                     site.clock.add(Comparison.of(when, (begin + now_ns()) // 2, offset))
                     break
         elsewhere = any(not site.same_clock for site in self._sites.values())
-        self._next_ns = now_ns() + round(COMPARE_EVERY_S * NS_PER_S) if elsewhere else NEVER_NS
+        self._compare_ns = now_ns() + round(COMPARE_EVERY_S * NS_PER_S) if elsewhere else NEVER_NS
+        if when == "before":
+            self._collect_ns = now_ns() + self._every_ns
 
     def _answering(self, site: Site) -> list[Child]:
         """Children of a node that answer CLOCK, the profiler first; never a client, which may be sending."""
@@ -332,6 +340,7 @@ class RayCrew:
                     site.agent.call("write_requests", service, segment, timeout_s=STOP_S)
 
     def collect(self) -> None:
+        self._collect_ns = now_ns() + self._every_ns
         for site in self._sites.values():
             try:
                 self._bring(site)

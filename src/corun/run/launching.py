@@ -6,6 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+RAY_MISSING = (
+    '"backend": "ray" needs Ray, which is not installed here: pip install "corun[ray]", or pip install -e ".[ray]" '
+    "in the checkout"
+)
+
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,8 +54,11 @@ class Launch(_Model):
         "auto", description="host:port of the cluster's head; auto = the one this machine is part of"
     )
     placement: Roles = Roles()
+    collect_s: Annotated[float, Field(ge=1)] = Field(
+        60.0, description="seconds between two visits to the nodes for new rows during a window"
+    )
 
-    @field_validator("address", "placement")
+    @field_validator("address", "placement", "collect_s")
     @classmethod
     def _only_with_ray(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("backend") == "local":
@@ -64,7 +72,9 @@ class Launch(_Model):
 
     def resolved(self) -> dict[str, Any]:
         """What of it determines a measurement: not the cluster's address."""
-        return self.model_dump(mode="json", exclude={"address"}, exclude_none=True, exclude_defaults=True)
+        return self.model_dump(
+            mode="json", exclude={"address", "collect_s"}, exclude_none=True, exclude_defaults=True
+        )
 
 
 def model_of(location: list[Any]) -> type[BaseModel]:
@@ -73,4 +83,4 @@ def model_of(location: list[Any]) -> type[BaseModel]:
     return models.get(len(location), Where)
 
 
-__all__ = ["Launch", "Roles", "Where", "model_of"]
+__all__ = ["RAY_MISSING", "Launch", "Roles", "Where", "model_of"]
