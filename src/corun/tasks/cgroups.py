@@ -141,7 +141,9 @@ def _place(host: Host, controller: str, owner: int) -> tuple[str, int] | None:
     for _, controllers, path in (entry for entry in entries if len(entry) == 3):
         if controller in controllers.split(","):
             for mount in (f"{MOUNT}/{controller}", f"{MOUNT}/{controllers}"):
-                return _swept(host, _own(host, mount, path), owner, 1) if host.exists(mount) else None
+                if host.exists(mount):
+                    return _swept(host, _own(host, mount, path), owner, 1)
+            return None
     for number, _, path in (entry for entry in entries if len(entry) == 3):
         if number == "0":
             parent = _own(host, MOUNT, path.rpartition("/")[0])

@@ -246,9 +246,12 @@ def _expected(task: Task, profile: Profile, replicas: int, max_batch: int, train
     """Each promised bound at the task's rate spread over the replicas, or why it is not kept."""
     rate = task.rate / replicas
     among = f" with {replicas} replicas" if replicas > 1 else ""
+    curve = profile.curve(max_batch, training)
+    if not curve:
+        return f"not measured {'beside training' if training else 'without training'}"
     top = profile.top_rate(max_batch, training)
     if top is None:
-        return f"not measured {'beside training' if training else 'without training'}"
+        return f"did not keep up with {curve[0].rate:.4g} requests/s, the lowest rate it was measured at"
     if rate > top * (1 + 1e-9):
         return f"keeps up with {top * replicas:.4g} requests/s{among} as measured, {task.rate:g} are asked for"
     expected = {}

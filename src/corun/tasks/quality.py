@@ -103,7 +103,8 @@ class QualityTable:
                 key = Variant.parse(name).answers_as
                 own[key] = _entry(entry)
             except InputError as error:
-                problems += [f"{name}: {error.what}", *(f"{name}: {problem}" for problem in error.problems)]
+                details = [problem for problem in error.problems if not problem.startswith("known models")]
+                problems += [f"{name}: {problem}" for problem in details or [error.what]]
         if problems:
             count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
             raise InputError(f"the quality table {path} has {count}", problems)
