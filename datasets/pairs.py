@@ -35,17 +35,18 @@ SUFFIXES = (".jsonl", ".json", ".txt", ".en")
 Pair = tuple[str, str]
 
 
-def lexicon(words: int = WORDS, seed: int = 0) -> list[Pair]:
-    """`words` different source words, each with a different target word of its own."""
-    rng = np.random.default_rng([seed, 1])
-    return list(zip(_words(rng, words, SOURCE_LETTERS), _words(rng, words, TARGET_LETTERS), strict=True))
+def lexicon(words: int = WORDS) -> list[Pair]:
+    """`words` different source words, each with a different target word; a longer list begins with the shorter."""
+    return list(zip(_words(words, SOURCE_LETTERS), _words(words, TARGET_LETTERS), strict=True))
 
 
-def _words(rng: np.random.Generator, count: int, letters: tuple[str, str]) -> list[str]:
+def _words(count: int, letters: tuple[str, str]) -> list[str]:
+    consonants, vowels = letters
+    rng = np.random.default_rng(len(consonants))
     made: dict[str, None] = {}
     while len(made) < count:
-        syllables = int(rng.integers(1, 4))
-        made["".join(str(rng.choice(list(part))) for _ in range(syllables) for part in letters)] = None
+        drawn = rng.integers(0, (len(consonants), len(vowels)), size=(int(rng.integers(1, 4)), 2))
+        made["".join(consonants[c] + vowels[v] for c, v in drawn)] = None
     return list(made)
 
 

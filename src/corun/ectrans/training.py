@@ -23,7 +23,7 @@ LEAST_RATE_SHARE = 0.05
 CLIP = 1.0
 
 TINY_WORDS, TINY_LONGEST = 24, 9
-TINY_PAIRS, TINY_STEPS = 4_000, 300
+TINY_PAIRS, TINY_STEPS = 4_000, 250
 
 Pair = tuple[str, str]
 Ids = tuple[list[int], list[int]]
