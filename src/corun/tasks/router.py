@@ -47,14 +47,25 @@ from corun.tasks.commands import (
     encode,
 )
 from corun.tasks.routing import Limits, Pending, Replica, Routing, State
-from corun.wire import Address, Kind, ReplyReader, RequestHeader, Status, listen, pack_reply, pack_request
+from corun.wire import (
+    PART,
+    STREAM,
+    Address,
+    Kind,
+    ReplyReader,
+    RequestHeader,
+    Status,
+    listen,
+    pack_reply,
+    pack_request,
+)
 from corun.wire.frames import NO_STAMPS
 from corun.wire.messages import Hello
 
 __all__ = ["Router", "RouterOptions"]
 
 EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
-INFER, REPLY, OK = int(Kind.INFER), int(Kind.REPLY), int(Status.OK)
+INFER, CANCEL, REPLY, OK = int(Kind.INFER), int(Kind.CANCEL), int(Kind.REPLY), int(Status.OK)
 PASSED_ON = frozenset({int(Kind.HELLO), int(Kind.CLOCK)})
 OF_ROUTER = 1 << 62
 TICK_S = 0.1
@@ -233,17 +244,27 @@ class Router:
             self._drop_client(client, str(error))
             return
         for header, payload, _, t_done in frames:
-            if header.kind != INFER:
+            if header.kind == CANCEL:
+                self._take_back(client, header)
+            elif header.kind != INFER:
                 self._ask(client, header, payload)
             elif self._turning_away:
                 self.routing.turn_away(Pending(client, header, payload, t_done))
             else:
                 self.routing.submit(Pending(client, header, payload, t_done), t_done)
 
+    def _take_back(self, client: Connection, header: RequestHeader) -> None:
+        found = self.routing.take_back(client, header.stream, header.id)
+        if found is not None and (connection := found[0].link.connection) is not None:
+            connection.send(pack_request(CANCEL, header.stream, found[1], 0, header.t_intended, header.t_tx), b"")
+
     def _drop_client(self, client: Connection, reason: str) -> None:
-        """Its requests stay with the replicas that have them; the answers are dropped."""
+        """Its requests stay with the replicas that have them; the answers are dropped, those in parts ended."""
         if reason:
             self._say(f"closed the connection of {client.peer}: {reason}")
+        for header in self.routing.headers_of(client):
+            if header.flags & STREAM:
+                self._take_back(client, header)
         self._clients.pop(client.fd, None)
         self._handlers.pop(client.fd, None)
         client.close()
@@ -319,6 +340,9 @@ class Router:
             if header.kind != REPLY:
                 self._answered(header, payload)
                 continue
+            if header.flags & PART:
+                self._pass_part(replica, header, payload, t_done)
+                continue
             request = complete(replica, header.id, header.status, t_done)
             if request is not None:
                 self._pass_back(request, header, payload, t_done)
@@ -335,6 +359,13 @@ class Router:
             if len(self._latencies) >= 2 * LATENCIES:
                 del self._latencies[:LATENCIES]
                 self._first_latency += LATENCIES
+
+    def _pass_part(self, replica: Target, header: Any, payload: bytes, t_done: int) -> None:
+        request = self.routing.part(replica, header.id, t_done)
+        if request is not None:
+            _, flags, stream, _, status, stamps, size, batch = header
+            packed = pack_reply(REPLY, stream, request.header.id, status, stamps, size, batch, flags)
+            request.client.send(packed, payload)
 
     def _forget_if_drained(self, replica: Target) -> None:
         if replica.state is State.DRAINING and not replica.outstanding:

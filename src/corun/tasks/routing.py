@@ -161,6 +161,37 @@ class Routing(Generic[ClientT, LinkT]):
             self._pump(now_ns)
         return None if again else request
 
+    def part(self, replica: Replica[ClientT, LinkT], id: int, now_ns: int) -> Pending[ClientT] | None:
+        """The request that a part of an answer belongs to; more follows, and it is not sent elsewhere any more."""
+        request = replica.outstanding.get(id)
+        if request is None:
+            self.strays += 1
+            return None
+        request.attempts, request.since_ns = MAX_ATTEMPTS, now_ns
+        return request
+
+    def take_back(self, client: ClientT, stream: int, id: int) -> tuple[Replica[ClientT, LinkT], int] | None:
+        """Its client does not want this answer any more: the replica to be told so, and the id there.
+
+        One that still waits ends here; None when there is nobody to tell.
+        """
+        for request in self.waiting:
+            if (request.client, request.header.stream, request.header.id) == (client, stream, id):
+                self.waiting.remove(request)
+                self._give_up(request, Status.CANCELLED, "cancelled by its client")
+                return None
+        for replica in self.replicas.values():
+            for number, request in replica.outstanding.items():
+                if (request.client, request.header.stream, request.header.id) == (client, stream, id):
+                    request.attempts = MAX_ATTEMPTS
+                    return replica, number
+        return None
+
+    def headers_of(self, client: ClientT) -> list[RequestHeader]:
+        """Headers of all open requests of one client."""
+        outstanding = [one for replica in self.replicas.values() for one in replica.outstanding.values()]
+        return [request.header for request in [*self.waiting, *outstanding] if request.client is client]
+
     def expire(self, now_ns: int) -> None:
         """Refuse what has waited for a replica, or for its answer, longer than the limits allow."""
         ready = bool(self._ready)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -17,11 +18,25 @@ from corun.clock import NS_PER_MS, now_ns
 from corun.errors import PeerClosed, RunFault
 from corun.tasks.commands import RouterControl
 from corun.tasks.router import Router, RouterOptions
-from corun.tasks.routing import Limits
+from corun.tasks.routing import Limits, Pending, Routing
 from corun.testing.ask import Asker
 from corun.testing.echo import Behaviour, EchoServer
-from corun.wire import Address, Kind, ReplyReader, Status, connect, pack_request
+from corun.wire import (
+    PART,
+    STREAM,
+    Address,
+    Kind,
+    ReplyReader,
+    RequestHeader,
+    RequestReader,
+    Status,
+    connect,
+    pack_reply,
+    pack_request,
+    reply_flags,
+)
 from corun.wire.channel import Channel
+from corun.wire.frames import NO_STAMPS
 from corun.wire.messages import Hello, Load
 
 LOOPBACK = Address("tcp", "127.0.0.1", 0)
@@ -108,9 +123,10 @@ class Client:
         self.sock.settimeout(20)
         self.reader = ReplyReader()
 
-    def send(self, *ids: int, size: int = 100, stream: int = 0) -> None:
+    def send(self, *ids: int, size: int = 100, stream: int = 0, flags: int = 0) -> None:
         for id in ids:
-            self.sock.sendall(pack_request(Kind.INFER, stream, id, size, now_ns(), now_ns()) + bytes(size))
+            header = pack_request(Kind.INFER, stream, id, size, now_ns(), now_ns(), flags=flags)
+            self.sock.sendall(header + bytes(size))
 
     def replies(self, count: int) -> list[Any]:
         found: list[Any] = []
@@ -360,3 +376,80 @@ def test_stopping_finishes_what_is_open(running: Callable[..., Running]) -> None
         client.send(2)
         assert {frame.header.id: frame.header.status for frame in client.replies(2)} == {2: 5, 1: 0}
     router.join()
+
+
+@contextmanager
+def talking_server() -> Iterator[tuple[Address, list[Any]]]:
+    """Sends two parts of an answer, then waits for CANCEL and ends it CANCELLED; the frames it received."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    received: list[Any] = []
+
+    def serve() -> None:
+        sock = listener.accept()[0]
+        reader = RequestReader()
+        with contextlib.suppress(PeerClosed, OSError), sock:
+            while True:
+                for frame in reader.receive(sock):
+                    received.append(frame.header)
+                    header = frame.header
+                    if header.kind == Kind.INFER:
+                        for made in (1, 2):
+                            flags = reply_flags(made, part=True)
+                            sock.sendall(
+                                pack_reply(Kind.REPLY, header.stream, header.id, 0, NO_STAMPS, 2, 0, flags) + b"ab"
+                            )
+                    elif header.kind == Kind.CANCEL:
+                        sock.sendall(pack_reply(Kind.REPLY, header.stream, header.id, Status.CANCELLED, NO_STAMPS, 0))
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield Address("tcp", "127.0.0.1", listener.getsockname()[1]), received
+    listener.close()
+
+
+def test_an_answer_in_parts_is_passed_on_and_can_be_taken_back(running: Callable[..., Running]) -> None:
+    """Parts arrive as they are made; CANCEL reaches the replica that makes them, and its CANCELLED is not retried."""
+    router = running()
+    with talking_server() as (address, received), EchoServer() as other:
+        router.add("a", address)
+        client = Client(router.address)
+        client.send(7, stream=3, flags=STREAM)
+        parts = client.replies(2)
+        assert [(frame.header.id, bool(frame.header.flags & PART), bytes(frame.payload)) for frame in parts] == [
+            (7, True, b"ab")
+        ] * 2
+        router.add("b", other.address)
+        client.sock.sendall(pack_request(Kind.CANCEL, 3, 7, 0))
+        last = client.replies(1)[0]
+        assert (last.header.id, last.header.status, last.header.flags & PART) == (7, Status.CANCELLED, 0)
+        assert received[1].id == received[0].id
+        assert other.infers == 0
+
+
+def test_an_answer_that_has_begun_is_not_begun_again_elsewhere(running: Callable[..., Running]) -> None:
+    """A replica that dies after the first part costs the request its answer: nobody gets the first tokens twice."""
+    table: list[tuple[int, int]] = []
+    limits = Limits()
+    routing: Routing[str, None] = Routing(
+        limits, lambda *_: None, lambda one, status, _: table.append((one.header.id, status))
+    )
+    for name in "ab":
+        routing.ready(routing.add(name, None), 1)
+    request = Pending("me", RequestHeader(Kind.INFER, STREAM, 0, 5, 0, 0, 0, 0), b"", 1)
+    routing.submit(request, 1)
+    replica = routing.replicas["a"]
+    assert routing.part(replica, next(iter(replica.outstanding)), 2) is request
+    routing.fail(replica, 3)
+    assert table == [(5, Status.FAILED)]
+
+
+def test_a_request_that_waits_can_be_taken_back() -> None:
+    """CANCEL of a request no replica has yet ends it at once; one that is not there changes nothing."""
+    ends: list[Status] = []
+    routing: Routing[str, None] = Routing(Limits(), lambda *_: None, lambda _one, status, _: ends.append(status))
+    routing.submit(Pending("me", RequestHeader(Kind.INFER, 0, 2, 5, 0, 0, 0, 0), b"", 1), 1)
+    assert routing.take_back("me", 2, 6) is None
+    assert routing.take_back("you", 2, 5) is None
+    assert ends == []
+    assert routing.take_back("me", 2, 5) is None
+    assert ends == [Status.CANCELLED]
+    assert routing.open == 0
