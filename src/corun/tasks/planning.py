@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,7 @@ from corun import registry
 from corun.tasks.choice import Candidate, Capacity, Choice
 from corun.tasks.demand import Demand
 from corun.tasks.priorities import Placement, fit
-from corun.tasks.profile import LIVE_LEAST, Profile, refreshed
+from corun.tasks.profile import LIVE_LEAST, faded, live_factor
 from corun.tasks.profiles import Profiles, Settings, Stop, measure
 from corun.tasks.quality import QualityTable
 from corun.tasks.statistics import Statistics
@@ -25,32 +26,51 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Planner:
-    """Chooses for every registered task. training: a training job runs on this machine, or will."""
+    """Chooses for every registered task. training: a training job runs on this machine, or will. clock: Unix time."""
 
     store: Store
     profiles: Profiles
     quality: QualityTable = field(default_factory=QualityTable)
     training: bool = False
+    clock: Callable[[], float] = time.time
 
     def candidates(self, task: Task) -> list[Candidate]:
-        """Every model the task allows, with what is known of it; the model in service corrected by its live figures."""
-        chosen = self.store.choice(task.id)
+        """Every model the task allows, with what is known of it, corrected by how it did when it served this task."""
+        factors = self._factors(task)
         found = []
         for model in models_of(task):
             known = self.quality.of(model)
             profile = self.profiles.find(model, task.resource, self.training)
-            if profile is not None and chosen is not None and chosen.model == model:
-                profile = self._live(task, profile, chosen)
+            if profile is not None and model in factors:
+                profile = profile.slower(factors[model])
             found.append(Candidate(model, known.value, known.metric, profile))
         return found
 
-    def _live(self, task: Task, profile: Profile, chosen: Choice) -> Profile:
-        """The profile of the model in service, corrected by what it did since it was chosen."""
+    def _factors(self, task: Task) -> dict[str, float]:
+        """By model: how much slower than profiled it served this task, faded with the time since."""
+        now_s = self.clock()
+        name = f"live {task.id}"
+        kept: dict[str, list[float]] = self.store.state(name) or {}
+        chosen = self.store.choice(task.id)
+        if chosen is not None and chosen.model is not None:
+            factor = self._live(task, chosen.model, chosen)
+            if factor is not None:
+                kept[chosen.model] = [factor, now_s]
+                self.store.set_state(name, kept)
+        return {model: faded(factor, now_s - seen_s) for model, (factor, seen_s) in kept.items()}
+
+    def _live(self, task: Task, model: str, chosen: Choice) -> float | None:
+        """The same for the model in service, from what was recorded since it was chosen."""
+        profile = self.profiles.find(model, task.resource, self.training)
         since_s = self.store.chosen_s(task.id)
         recent = [window for window in self.store.windows(task.id, LIVE_WINDOWS) if window.t_s > since_s]
         live = sum((window.statistics for window in recent), Statistics())
-        rate = (live.rate or 0.0) / max(chosen.replicas, 1)
-        return refreshed(profile, live.mean_ms, live.requests, rate, chosen.max_batch, self.training)
+        if profile is None or live.rate is None:
+            return None
+        serving = len(self.store.replicas(task.id)) or chosen.replicas
+        return live_factor(
+            profile, live.mean_ms, live.requests, live.rate / max(serving, 1), chosen.max_batch, self.training
+        )
 
     def missing(self, task: Task) -> list[str]:
         """Allowed models that were never measured here."""
@@ -75,10 +95,13 @@ class Planner:
         return fit(tasks, {task.id: self.candidates(task) for task in tasks}, machine, forecast)
 
     def decide(self, machine: Capacity, rates: Mapping[str, float] | None = None) -> Placement:
-        """The same, kept in the registry."""
+        """The same, kept in the registry. The only model a task allows serves it unmeasured: there is no choice."""
         placement = self.plan(machine, rates)
-        for task_id, choice in placement.choices.items():
-            self.store.set_choice(task_id, choice)
+        for task in self.store.all():
+            choice = placement.choices[task.id]
+            if choice.model is None and len(models_of(task)) == 1 and self.missing(task):
+                continue
+            self.store.set_choice(task.id, choice)
         return placement
 
 

@@ -13,6 +13,7 @@ PERCENTILES: Final = (50, 90, 95, 99)
 LIVE_LEAST: Final = 30
 LIVE_HALF: Final = 100
 LIVE_RANGE: Final = (0.25, 8.0)
+FADE_S: Final = 3600.0
 
 
 @dataclass(frozen=True)
@@ -121,19 +122,28 @@ def _at(rate: float, pairs: Sequence[tuple[float, float]]) -> float | None:
     return low
 
 
-def refreshed(
+def live_factor(
     profile: Profile, live_mean_ms: float, requests: int, rate: float, max_batch: int, training: bool
-) -> Profile:
-    """The profile corrected by what the running service shows: latencies scaled by live mean over profiled mean.
+) -> float | None:
+    """How much slower than profiled the running service is: live mean over the profile's at `rate` per replica.
 
-    The correction grows with the number of live requests, r ** (n / (n + 100)), so that few requests change little; it
-    is kept within a quarter to eight times. Below thirty requests, or at a rate never measured, nothing is changed.
+    The factor grows with the number of live requests, r ** (n / (n + 100)), so that few requests change little; it is
+    kept within a quarter to eight times. None below thirty requests or at a rate never measured.
     """
     expected = profile.mean_ms(rate, max_batch, training)
     if requests < LIVE_LEAST or not expected or live_mean_ms <= 0:
-        return profile
+        return None
     ratio = min(max(live_mean_ms / expected, LIVE_RANGE[0]), LIVE_RANGE[1])
-    return profile.slower(math.pow(ratio, requests / (requests + LIVE_HALF)))
+    return math.pow(ratio, requests / (requests + LIVE_HALF))
+
+
+def faded(factor: float, age_s: float) -> float:
+    """What is left of a factor that was seen age_s ago: half of it (on a logarithmic scale) after an hour.
+
+    A model that was dropped because it ran slower than profiled is not taken back the moment it is gone, but may be
+    tried again later: what slowed it may have passed.
+    """
+    return math.pow(factor, 0.5 ** (max(age_s, 0.0) / FADE_S))
 
 
 def to_json(profile: Profile) -> dict[str, Any]:

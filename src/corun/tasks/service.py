@@ -187,6 +187,7 @@ class Service:
             nice=self.slot.nice,
             device="cuda" if task.resource == "gpu" else "cpu",
             max_batch=self.choice.max_batch,
+            limits=task.limits,
         )
 
     def note(self, kind: str, detail: str) -> None:

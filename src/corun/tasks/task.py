@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, get_args
 from corun import registry
 from corun.errors import InputError, suggest
 from corun.run.config import Slo
+from corun.tasks.runtime import Limits
 from corun.tasks.variant import Variant
 
 Resource = Literal["cpu", "gpu"]
@@ -39,6 +40,7 @@ class Task:
     the sojourn. min_quality: least acceptable quality in the unit of the quality table (top-1 %, mAP %, mIoU %).
     models: allowed models as text, with options where wanted ("resnet18:precision=bf16"); empty = all of the kind.
     weights: "default" (released), "random", or a state dict file; an option of a model comes before it.
+    cpu_limit, memory_limit_mib: cores and memory of each replica, None = no limit.
     """
 
     id: str
@@ -54,6 +56,13 @@ class Task:
     max_replicas: int = 1
     runtime: RuntimeName = "process"
     weights: str = DEFAULT_WEIGHTS
+    cpu_limit: float | None = None
+    memory_limit_mib: float | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """What one of its replicas may use."""
+        return Limits(self.cpu_limit, self.memory_limit_mib)
 
     @property
     def input(self) -> str:
@@ -98,6 +107,7 @@ def make(**values: Any) -> Task:
 def _wrong_types(values: Mapping[str, Any]) -> list[str]:
     wanted: dict[str, tuple[type, ...]] = dict.fromkeys(("priority", "min_replicas", "max_replicas"), (int,))
     wanted |= dict.fromkeys(("rate", "min_quality"), (int, float))
+    wanted |= dict.fromkeys(("cpu_limit", "memory_limit_mib"), (int, float, type(None)))
     wanted |= dict.fromkeys(("id", "description", "kind", "resource", "runtime", "weights"), (str,))
     wanted |= {"models": (list, tuple)}
     names = {int: "a whole number", float: "a number", str: "text", list: "a list of names"}
@@ -120,6 +130,9 @@ def check(task: Task) -> list[str]:
     for name, value in (("rate", task.rate), ("min_quality", task.min_quality)):
         if not (math.isfinite(value) and value >= 0):
             problems.append(f"{name}: give a number of 0 or more (got {value})")
+    for name, limit in (("cpu_limit", task.cpu_limit), ("memory_limit_mib", task.memory_limit_mib)):
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            problems.append(f"{name}: give a number above 0 (got {limit})")
     problems += [
         f'{name}: "{value}" is none of {", ".join(known)}{suggest(value, known)}'
         for name, value, known in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from corun.clock import NS_PER_MS, NS_PER_S
 from corun.errors import InputError
-from corun.tasks.profile import Point, Profile, from_json, refreshed, to_json
+from corun.tasks.profile import Point, Profile, faded, from_json, live_factor, to_json
 from corun.tasks.profiles import Profiles, Settings, point_of
 
 
@@ -77,25 +78,34 @@ def test_curves_are_kept_apart() -> None:
 def test_live_figures_move_a_profile_the_more_the_more_requests_there_were() -> None:
     """A service twice as slow as profiled doubles the profile in the end, hardly moves it at first."""
     known = profile(point(10, 8), point(20, 16))
-    few = refreshed(known, 20.0, 40, 10, 1, False).mean_ms(10)
-    many = refreshed(known, 16.0, 10_000, 10, 1, False).mean_ms(10)
+    few, many = (live_factor(known, 16.0, requests, 10, 1, False) for requests in (40, 10_000))
     assert few is not None
-    assert 8 < few < 14
-    assert many == pytest.approx(16, rel=0.02)
-    assert refreshed(known, 16.0, 10_000, 10, 1, False).mean_ms(20) == pytest.approx(32, rel=0.02)
+    assert many is not None
+    assert 1 < few < 1.3
+    assert many == pytest.approx(2, rel=0.02)
+    assert known.slower(many).latency_ms("p99_ms", 20) == pytest.approx(32, rel=0.02)
+    assert known.slower(many).latency_ms("p50_ms", 10) == pytest.approx(16, rel=0.02)
 
 
 @pytest.mark.parametrize(("live", "requests", "rate"), [(16.0, 5, 10), (16.0, 1000, 99), (0.0, 1000, 10)])
 def test_live_figures_that_say_nothing_change_nothing(live: float, requests: int, rate: float) -> None:
-    """Too few requests, a rate never measured, no latency: the profile stays."""
-    known = profile(point(10, 8))
-    assert refreshed(known, live, requests, rate, 1, False) is known
+    """Too few requests, a rate never measured, no latency: there is no factor."""
+    assert live_factor(profile(point(10, 8)), live, requests, rate, 1, False) is None
 
 
 def test_live_figures_are_believed_within_limits() -> None:
     """A disturbance of a thousand times is taken for eight."""
-    known = profile(point(10, 1))
-    assert refreshed(known, 1000.0, 10**9, 10, 1, False).mean_ms(10) == pytest.approx(8, rel=1e-3)
+    assert live_factor(profile(point(10, 1)), 1000.0, 10**9, 10, 1, False) == pytest.approx(8, rel=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.25, 8), st.floats(-10, 1e6), st.floats(0, 1e6))
+def test_a_factor_fades_towards_one(factor: float, age_s: float, later_s: float) -> None:
+    """An old factor says less than a young one, never the opposite; after an hour its root is left."""
+    young, old = faded(factor, age_s), faded(factor, max(age_s, 0) + later_s)
+    assert abs(math.log(old)) <= abs(math.log(young)) + 1e-12
+    assert math.log(old) * math.log(factor) >= 0
+    assert faded(factor, 3600) == pytest.approx(math.sqrt(factor))
 
 
 def test_a_profile_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
