@@ -1,0 +1,184 @@
+"""Three tasks, one of each priority, under Poisson load while one of their servers is killed: processes and containers."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.processes.test_tasks_runtime import BASE_IMAGE, docker_host  # noqa: F401 - a fixture
+
+from corun import registry
+from corun.process import StopSignal
+from corun.tasks import task as tasks
+from corun.tasks.monitor import history, log_names, log_tail, snapshot
+from corun.tasks.store import Store
+from corun.tasks.supervisor import Supervisor, UpOptions, running
+from corun.testing.ask import Asker
+from corun.testing.drive import Drive, Outcomes, poisson_dues_ns
+from corun.wire import Address
+
+IMAGE_TASK = {"kind": "classification", "weights": "random", "slo": "p99<=500"}
+TASKS: tuple[dict[str, Any], ...] = (
+    {"id": "doors", "priority": 2, "models": ["mobilenet_v3_small:image_size=64"], **IMAGE_TASK},
+    {"id": "shelves", "priority": 1, "models": ["squeezenet1_1:image_size=64"], **IMAGE_TASK},
+    {"id": "meters", "priority": 0, "kind": "null", "models": ["null:service_ms=2"], "slo": "p99<=100"},
+)
+RATE = 15.0
+SECONDS = 8.0
+
+
+class Up:
+    """A supervisor in a thread of this process, and what its store says."""
+
+    def __init__(self, directory: Path, runtime: str) -> None:
+        self.store = Store(directory / "tasks.sqlite")
+        for values in TASKS:
+            self.store.add(tasks.make(**values, runtime=runtime))
+        self.said: list[str] = []
+        self.stop = StopSignal()
+        options = UpOptions(image=BASE_IMAGE, checkout=True, directory=directory / "run")
+        self.supervisor = Supervisor(self.store, options, self.said.append)
+        self.fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self.supervisor.run(self.stop)
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            self.fault = error
+
+    def __enter__(self) -> Up:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop.request()
+        self._thread.join(90)
+
+    def live(self, task: str) -> dict[str, Any]:
+        found = [one for one in snapshot(self.store)["tasks"] if one["id"] == task]
+        return found[0] if found else {"replicas": [], "router": {"up": False}}
+
+    def wait(self, condition: Any, timeout_s: float = 100.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.fault is None, self.fault
+            assert time.monotonic() < deadline, "\n".join(self.said)
+            time.sleep(0.1)
+
+    def all_ready(self) -> bool:
+        return all(
+            one["router"]["up"] and [replica["state"] for replica in one["replicas"]] == ["ready"]
+            for one in (self.live(values["id"]) for values in TASKS)
+        )
+
+    def address(self, task: str) -> Address:
+        return Address.parse(self.live(task)["address"])
+
+
+def payloads(task: dict[str, Any]) -> list[bytes]:
+    if task["kind"] == "null":
+        return [b"meter"]
+    return [one.data for one in registry.dataset("synthetic").requests(registry.DataOptions(image_size=64, count=4))]
+
+
+@contextlib.contextmanager
+def poisson_load(up: Up) -> Iterator[dict[str, Drive]]:
+    """Open-loop clients of all three tasks."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            values["id"]: stack.enter_context(
+                Drive(up.address(values["id"]), poisson_dues_ns(RATE, SECONDS, seed), payloads(values))
+            )
+            for seed, values in enumerate(TASKS)
+        }
+
+
+def kill(up: Up, runtime: str) -> str:
+    """End the only replica of the highest task as an accident would; its id."""
+    victim: str = up.live("doors")["replicas"][0]["id"]
+    if runtime == "process":
+        os.kill(int(victim), signal.SIGKILL)
+    else:
+        import docker
+
+        with contextlib.closing(docker.from_env()) as client:
+            client.containers.get(victim).kill()
+    return victim
+
+
+@pytest.mark.parametrize("runtime", ["process", "docker"])
+def test_three_tasks_survive_a_kill(runtime: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Every request is answered or counted as an error, the killed server is replaced, each task has its report."""
+    if runtime == "docker":
+        request.getfixturevalue("docker_host")
+    with Up(tmp_path, runtime) as up:
+        up.wait(up.all_ready)
+        assert running(up.store) == os.getpid()
+        with poisson_load(up) as drives:
+            time.sleep(SECONDS / 4)
+            victim = kill(up, runtime)
+            up.wait(lambda: "replica 0 was killed" in "".join(up.said) or "exited with 137" in "".join(up.said))
+            up.wait(lambda: up.all_ready() and up.live("doors")["replicas"][0]["id"] != victim)
+        outcomes = {name: drive.outcomes() for name, drive in drives.items()}
+        with Asker(up.address("doors")) as asker:
+            assert asker.ask(payloads(TASKS[0])[0]).status == 0
+    assert up.fault is None
+    check_outcomes(outcomes)
+    for values in TASKS:
+        check_files(up, values["id"], outcomes[values["id"]])
+    report = json.loads((tmp_path / "run" / "doors.json").read_text())
+    assert report["replica_restarts"] == 1
+    assert {"up", "start", "ready", "end"} <= {event["kind"] for event in report["events"]}
+    assert running(up.store) is None
+    assert all(up.store.replicas(values["id"]) == [] for values in TASKS)
+    if runtime == "docker":
+        check_no_container_is_left(up.store)
+
+
+def check_outcomes(outcomes: dict[str, Outcomes]) -> None:
+    """Nothing is lost; the tasks whose servers lived have no error at all."""
+    assert sum(one.lost for one in outcomes.values()) == 0
+    for name in ("shelves", "meters"):
+        assert set(outcomes[name].counts) == {"OK"}
+    assert set(outcomes["doors"].counts) <= {"OK", "NOT_LOADED", "FAILED", "EXPIRED"}
+    assert outcomes["doors"].counts["OK"] > 0
+
+
+def check_files(up: Up, task: str, outcomes: Outcomes) -> None:
+    """The report, the rows and the store all count what the client saw."""
+    run = up.supervisor.directory
+    report = json.loads((run / f"{task}.json").read_text())
+    extra = int(task == "doors")
+    sent = len(outcomes.status) + extra
+    assert report["received"] == sent
+    assert sum(report["answered"].values()) == sent
+    assert report["unanswered"] == 0
+    assert report["answered"]["ok"] == outcomes.counts["OK"] + extra
+    assert f"# {task}" in (run / f"{task}.md").read_text()
+    with open(run / f"{task}.csv", newline="") as file:
+        assert sum(int(row["received"]) for row in csv.DictReader(file)) == sent
+    total = up.store.statistics(task)
+    assert (total.requests, total.errors) == (report["answered"]["ok"], report["errors"])
+    assert total.cpu_s > 0
+    assert len(history(run, task)) > 2
+    names = log_names(run, task)
+    assert names == [f"{task}.log", f"{task}-router.log", f"{task}-0.log"]
+    assert all(log_tail(run, task, name) for name in names)
+
+
+def check_no_container_is_left(store: Store) -> None:
+    import docker
+
+    with contextlib.closing(docker.from_env()) as client:
+        label = {"label": f"corun.owner={store.path.resolve()}"}
+        assert client.containers.list(all=True, filters=label) == []
