@@ -139,7 +139,7 @@ versions.publish({"w": torch.zeros(1000)}, "m", 1)
 """
 
 
-@pytest.mark.parametrize("moment", range(0, 6))
+@pytest.mark.parametrize("moment", range(6))
 def test_a_writer_killed_at_any_moment_leaves_a_whole_version_in_service(tmp_path: Path, moment: int) -> None:
     """Killed before each synchronisation, the pointer names a version that reads back, and the next writer goes on."""
     done = subprocess.run(
