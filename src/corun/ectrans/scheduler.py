@@ -213,6 +213,19 @@ class Scheduler:
             self._end(job, Status.EXPIRED, now_ns, "its deadline passed")
         return late
 
+    def clear(self, now_ns: int, detail: str) -> list[Job]:
+        """End every request."""
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            self._end(job, Status.CANCELLED, now_ns, detail)
+        return jobs
+
+    def next_deadline_ns(self) -> int | None:
+        """The earliest deadline of a request that has not ended."""
+        if not self._with_deadline:
+            return None
+        return min(job.deadline_ns for job in self._jobs.values() if job.deadline_ns is not None)
+
     def _end(self, job: Job, status: Status, now_ns: int, detail: str = "") -> None:
         self.waiting_items -= len(job.items)
         self._with_deadline -= job.deadline_ns is not None
@@ -298,11 +311,15 @@ class Scheduler:
     # Back
 
     def done(self, package: Package, now_ns: int, seconds: float | None = None) -> list[Job]:
-        """A package came back; the requests that ended with it. seconds: what it took the executor, to learn from."""
-        del self.in_flight[package.number]
+        """A whole package came back; the requests that ended with it."""
+        self.finish(package, seconds)
+        return self.items_done(package.items, now_ns)
+
+    def finish(self, package: Package, seconds: float | None = None) -> None:
+        """Nothing of a package is out any more. seconds: what it took the executor, to learn from."""
+        self.in_flight.pop(package.number, None)
         if seconds is not None:
             self.estimate.observe(package.padded, seconds)
-        return self.items_done(package.items, now_ns)
 
     def items_done(self, items: Iterable[Item], now_ns: int) -> list[Job]:
         """Items came back one by one (a continuous decoder); the requests that ended with them."""
