@@ -47,6 +47,7 @@ def main(
     image_size: Annotated[int | None, typer.Option(min=1, help="of the services; default: each model's own")] = None,
     train_data: Annotated[str, typer.Option(help="data set of the training job")] = "digits",
     train_image_size: Annotated[int | None, typer.Option(min=1, help="default: the model's own")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="largest batch of a service")] = 1,
     memory_margin: Annotated[float, typer.Option(min=0, help="share added to measured memory")] = 0.1,
     longest: Annotated[
         float, typer.Option("--validate-seconds", min=1, help="longest window of a validation")
@@ -70,7 +71,7 @@ def main(
         given = Asked(services, train, rate, slo, policies or [], maximize, copies, memory_margin, (data, train_data))
         cast = make_cast(len(services), threads, beside, resolved)
         question = make_question(given, registry.models(), cast, Host())
-        setup = Setup(resolved, threads, beside, seconds, data, image_size, train_data, train_image_size)
+        setup = Setup(resolved, threads, beside, seconds, data, image_size, train_data, train_image_size, max_batch)
         options = Options(out or result_root(), looks, fresh, validate, longest)
         if dry_run:
             print("\n".join(describe(question, setup, options)))

@@ -58,7 +58,10 @@ def asker(
             condition,
             repeat,
             seconds,
-            tuple(Sample(models[one.name], one.rate, one.sojourns_ms, one.services_ms) for one in seen.served),
+            tuple(
+                Sample(models[one.name], one.rate, _rounded(one.sojourns_ms), _rounded(one.services_ms))
+                for one in seen.served
+            ),
             seen.samples_per_s,
             _memory(seen.memory, models),
             seen.foreign_cores,
@@ -81,6 +84,11 @@ def _assign(condition: Condition, candidates: Sequence[Candidate]) -> tuple[list
     if len(factors) > 1:
         raise ValueError(f"{condition.label}: one window has one factor on all rates, not {sorted(factors)}")
     return chosen, factors.pop() if factors else 1.0
+
+
+def _rounded(times_ms: Sequence[float]) -> tuple[float, ...]:
+    """To 0.1 µs, as it is kept on disk: an answer from the file is the answer from the run."""
+    return tuple(round(value, 4) for value in times_ms)
 
 
 def _memory(seen: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, Memory]:

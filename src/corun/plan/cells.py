@@ -31,6 +31,7 @@ class Setup:
     image_size: int | None = None
     train_data: str = "digits"
     train_image_size: int | None = None
+    max_batch: int = 1
     seed: int = 0
 
     def identity(self) -> dict[str, Any]:
@@ -83,5 +84,6 @@ def _service(one: Candidate, setup: Setup) -> dict[str, Any]:
         "data": setup.data,
         "image_size": setup.image_size,
         "threads": setup.threads,
+        "max_batch": setup.max_batch,
         "device": setup.device,
     }

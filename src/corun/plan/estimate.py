@@ -32,7 +32,7 @@ from corun.plan.tail import sojourn_percentile
 
 NU0: Final = 3.0
 SIGMA0: Final = 0.25
-KAPPAS: Final = np.linspace(0.0, 4.0, 41)
+KAPPAS: Final = np.linspace(0.0, 4.0, 21)
 FAR: Final = 1.5
 LEVEL: Final = 0.90
 

@@ -164,7 +164,7 @@ def _entry(window: Window) -> dict[str, Any]:
     entry = asdict(window)
     for sample in entry["samples"]:
         for name in ("sojourns_ms", "services_ms"):
-            sample[name] = [round(value, 4) if np.isfinite(value) else LOST for value in sample[name]]
+            sample[name] = [value if np.isfinite(value) else LOST for value in sample[name]]
     return entry
 
 

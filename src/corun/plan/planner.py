@@ -11,6 +11,7 @@ already in the profile is not measured again. Nothing here starts a process or k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,6 +22,7 @@ from corun.plan.memory import Limits, Need, need, peaks
 from corun.plan.question import Candidate, Question
 from corun.plan.search import bisect_count, bisect_rate, subsets
 from corun.plan.sequential import LOOKS, Word, judge, together
+from corun.share.foreign import DIRTY_CORES
 
 SURE: Final = 0.975
 FULL: Final = 1000.0
@@ -91,7 +93,10 @@ class Answer:
 
 @dataclass
 class Planner:
-    """Answers one question. measured and reused count windows; unfit: candidates that cannot run at all, and why."""
+    """Answers one question. measured: windows it asked for; unfit: candidates that cannot run at all, and why.
+
+    looks: windows one set may take. budget: windows the search may measure; after that the model alone decides.
+    """
 
     question: Question
     profile: Profile
@@ -99,8 +104,8 @@ class Planner:
     measure: Measure
     say: Say = lambda line: None
     looks: int = LOOKS
+    budget: float = math.inf
     measured: int = 0
-    reused: int = 0
     unfit: dict[str, str] = field(default_factory=dict)
     _refuted: dict[str, list[frozenset[str]]] = field(default_factory=dict)
     _used: set[tuple[Condition, int]] = field(default_factory=set)
@@ -158,8 +163,17 @@ class Planner:
             for candidate in able:
                 if self.window(self._condition((candidate,), policy), 0).fault:
                     self.say(f"{candidate.model} does not run beside {self.question.job.label} under {policy}")
-        if len(able) > 1 and self._need(able).fits:
+        if len(able) > 1 and self._need(able).fits and self._strangers(policy, able):
             self.window(self._condition(able, policy), 0)
+
+    def _strangers(self, policy: str, able: Sequence[Candidate]) -> set[str]:
+        """Models that no window under this policy has shown beside another one."""
+        wanted = self._condition(able, policy)
+        seen = [one.condition for one in self.profile.windows()]
+        met = [
+            one.loads for one in seen if (one.job, one.policy) == (wanted.job, wanted.policy) and len(one.loads) > 1
+        ]
+        return {one.model for one in able} - {model for loads in met for model, _ in loads}
 
     def _high_rate(self, candidate: Candidate, window: Window) -> float | None:
         (sample,) = window.samples
@@ -169,11 +183,9 @@ class Planner:
 
     def window(self, condition: Condition, repeat: int) -> Window:
         """A window from the profile, or measured now."""
-        kept = self.profile.get(condition, repeat)
-        first = (condition, repeat) not in self._used
         self._used.add((condition, repeat))
+        kept = self.profile.get(condition, repeat)
         if kept:
-            self.reused += first
             return kept
         self.say(condition.label)
         window = self.measure(condition, repeat)
@@ -182,6 +194,17 @@ class Planner:
             self.say(f"does not fit: {window.fault}")
         self.profile.add(window)
         return window
+
+    @property
+    def reused(self) -> int:
+        """Windows used that were in the profile already."""
+        return len(self._used) - self.measured
+
+    def disturbed(self) -> tuple[int, float] | None:
+        """How many of the windows used others disturbed, and the most cores they took; None when none."""
+        used = [window for condition, repeat in self._used if (window := self.profile.get(condition, repeat))]
+        foreign = [window.foreign_cores for window in used if window.foreign_cores > DIRTY_CORES]
+        return (len(foreign), max(foreign)) if foreign else None
 
     # What is known
 
@@ -200,6 +223,7 @@ class Planner:
         together = mine if job else [window for window in mine if len(window.condition.loads) > 1]
         trained = [self.profile.get(Condition((), job, policy), 0)] if job else []
         speed = next((window.samples_per_s for window in trained if window), None)
+        self._used.update((window.condition, window.repeat) for window in (*alone, *together))
         threads = self.machine.threads if job else 0
         return Evidence(self.question.slo, self.machine.cores, threads, tuple(alone), tuple(together), speed)
 
@@ -220,7 +244,7 @@ class Planner:
         kept = self.estimate(policy).kept(chosen)
         if kept >= SURE or kept <= 1 - SURE:
             return Finding("meets" if kept >= SURE else "misses", "predicted", kept)
-        if not may_measure:
+        if not may_measure or self.measured >= self.budget:
             return Finding("undecided", "predicted", kept)
         return self._measured(policy, chosen, self.looks)
 
@@ -274,7 +298,8 @@ class Planner:
         worst = max((percentile_of(sojourns(windows, model), slo.percentile) for model in models), default=0.0)
         kept = {"meets": 1.0, "misses": 0.0, "undecided": 0.75 if worst <= slo.bound_ms else 0.25}[word]
         requests = min((len(sojourns(windows, model)) for model in models), default=0)
-        return Finding(word, "measured", kept, f"{len(windows)} windows, {requests} requests a service")
+        counted = f"{len(windows)} window{'s' * (len(windows) > 1)}, {requests} requests a service"
+        return Finding(word, "measured", kept, f"worst {slo.name} {worst:.4g} ms in {counted}")
 
     def _word(self, windows: Sequence[Window], models: Iterable[str]) -> Word:
         slo = self.question.slo

@@ -47,17 +47,10 @@ def show(
     slo = question.slo
     job = question.job.label if question.job else "no training"
     table = Table(title=f"{job} + services, {slo} each", title_justify="left")
-    for name in (
-        "policy",
-        "services",
-        "rate /s",
-        "can take /s",
-        f"predicted {slo.name} ms",
-        f"validated {slo.name} ms",
-    ):
-        table.add_column(name, justify="left" if name in ("policy", "services") else "right")
-    for name in ("training x", "memory MiB"):
-        table.add_column(name, justify="right")
+    for name in ("policy", "service"):
+        table.add_column(name, no_wrap=True)
+    for name in ("rate /s", "can take", f"predicted {slo.name} ms", "validated", "training x", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         _rows(table, result)
         table.add_section()
@@ -67,6 +60,10 @@ def show(
     measured = f"{planner.measured} windows measured, {planner.reused} reused"
     where = f" in {planner.profile.path}" if planner.profile.path else ""
     console.print(f"{measured}{where}", highlight=False, soft_wrap=True)
+    disturbed = planner.disturbed()
+    if disturbed:
+        count, cores = disturbed
+        console.print(f"[yellow]others used up to {cores:.1f} cores in {count} of the windows[/]", highlight=False)
     if best:
         names = ", ".join(place.candidate.name for place in best.places)
         console.print(f"[bold]best for {question.goal}:[/] {best.policy} with {names}", highlight=False)
@@ -77,7 +74,7 @@ def show(
 def _rows(table: Table, result: Result) -> None:
     answer, validated = result.answer, result.validated
     need = f"{answer.need.host_mib:.0f}" + (f" + GPU {answer.need.gpu_mib:.0f}" if answer.need.gpu_mib else "")
-    speed = _ratio(answer.training) + (f" ({_ratio(validated.training)} validated)" if validated else "")
+    speed = _ratio(answer.training) + (f" / {_ratio(validated.training)}" if validated else "")
     if not answer.places:
         table.add_row(answer.policy, "none fits", "", "", "", "", "", "")
     for index, place in enumerate(answer.places):
@@ -106,6 +103,10 @@ def _notes(console: Console, result: Result, planner: Planner) -> None:
     console.print(escape(f"{answer.policy}: {sure}; {trust}; {host}"), highlight=False, soft_wrap=True)
     if answer.blocked:
         console.print(escape(f"  one more: {answer.blocked}"), highlight=False, soft_wrap=True)
+    if validated and answer.training is not None:
+        console.print(
+            f"  training x: predicted / validated; validation: {validated.run}", highlight=False, soft_wrap=True
+        )
     if validated and validated.reason:
         console.print(escape(f"  validation {validated.status}: {validated.reason}"), highlight=False, soft_wrap=True)
 

@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from corun.stats.queues import sojourn_times
 
-REQUESTS: Final = 6000
-WARM: Final = 500
+REQUESTS: Final = 3000
+WARM: Final = 200
 SEED: Final = 20241207
 
 
