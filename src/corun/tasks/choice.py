@@ -127,6 +127,8 @@ class Option:
     max_batch: int
     expected_ms: Mapping[str, float]
     demand: Demand
+    by_maximum: tuple[str, ...] = ()
+    """Bounds judged by the longest of too few requests: on the safe side, and worth a longer measurement."""
 
     @property
     def quality(self) -> float:
@@ -152,7 +154,10 @@ class Option:
     def why(self) -> str:
         """`69.8 top-1 %; p99 41 ms expected; 2 replicas`."""
         parts = [quality_text(self.candidate)]
-        parts += [f"{_short(name)} {value:.3g} ms expected" for name, value in self.expected_ms.items()]
+        parts += [
+            f"{_short(name)} {value:.3g} ms expected" + " (the longest of few requests)" * (name in self.by_maximum)
+            for name, value in self.expected_ms.items()
+        ]
         parts += [f"{self.replicas} replica{'s' * (self.replicas != 1)}"]
         return "; ".join(parts + ([f"batches up to {self.max_batch}"] if self.max_batch > 1 else []))
 
@@ -238,7 +243,11 @@ def _option(task: Task, candidate: Candidate, machine: Capacity) -> Option | str
             if isinstance(expected, str):
                 failure = expected
                 continue
-            return Option(candidate, replicas, max_batch, expected, _demand(task, profile, replicas))
+            rate = task.rate / replicas
+            unsure = [name for name in expected if not profile.supports(name, rate, max_batch, machine.training)]
+            return Option(
+                candidate, replicas, max_batch, expected, _demand(task, profile, replicas), by_maximum=tuple(unsure)
+            )
     return failure
 
 

@@ -89,6 +89,13 @@ class Profile:
         """
         return _at(rate, [(point.rate, point.bound_ms(name)) for point in self.curve(max_batch, training)])
 
+    def supports(self, name: str, rate: float, max_batch: int = 1, training: bool = False) -> bool:
+        """Whether `latency_ms` at that rate rests on points with enough requests for it, not on their maxima."""
+        points = self.curve(max_batch, training)
+        above = [point for point in points if point.rate >= rate]
+        below = [point for point in points if point.rate < rate]
+        return all(point.supports(name) for point in above[:1] + below[-1:])
+
     def mean_ms(self, rate: float, max_batch: int = 1, training: bool = False) -> float | None:
         """The mean sojourn, read the same way."""
         return _at(rate, [(point.rate, point.mean_ms) for point in self.curve(max_batch, training)])

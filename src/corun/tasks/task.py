@@ -93,8 +93,9 @@ def make(**values: Any) -> Task:
         values["slo"] = Slo()
     if "id" not in values:
         problems.append("id: give the task a name")
-    problems += _wrong_types(values)
-    if not problems:
+    wrong = _wrong_types(values)
+    problems += wrong
+    if "id" in values and not wrong:
         values["models"] = tuple(values.get("models", ()))
         task = Task(**values)
         problems += check(task)
