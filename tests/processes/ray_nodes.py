@@ -100,7 +100,8 @@ def make_cluster(free_port: int) -> Cluster:
     """Two running nodes, `role=clients` (the head) and `role=servers`."""
     spots = _namespaces() or (Spot((), "127.0.0.1"), Spot((), "127.0.0.1"))
     environment = ENVIRONMENT if spots[0].prefix else ENVIRONMENT | LOOPBACK
-    cluster = Cluster(*spots, free_port, environment, Path(tempfile.mkdtemp(prefix="cr-", dir="/tmp")))
+    folder = Path(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))
+    cluster = Cluster(*spots, free_port, environment | {"TMPDIR": str(folder)}, folder)
     try:
         cluster.start(cluster.clients, "clients-node", "clients", head=True)
         cluster.start(cluster.servers, "servers-node", "servers")

@@ -118,7 +118,10 @@ def _own_signals() -> Iterator[None]:
 
 
 class Agent:
-    """A NodeAgent on its node, called with a time limit; the first call that gets no answer loses the node for good."""
+    """A NodeAgent on its node, called with a time limit; the first call that gets no answer loses the node for good.
+
+    It is made at once and usable after `ready`, so that several start side by side.
+    """
 
     def __init__(self, node: Node) -> None:
         ray = _ray()
@@ -127,8 +130,12 @@ class Agent:
         self.facts: dict[str, Any] = {}
         options = {"num_cpus": 0, "max_restarts": 0, "label_selector": {OWN_LABEL: node.id}}
         self._actor = ray.remote(NodeAgent).options(**options).remote()
+
+    def ready(self) -> Agent:
+        """Wait until it answers and has this launcher's paths."""
         self.facts = self.call("facts", timeout_s=AGENT_START_S)
         self.call("release", sys.executable, str(home()))
+        return self
 
     def call(self, method: str, *arguments: Any, timeout_s: float = CALL_S) -> Any:
         """The method's answer; its own CorunError, or NodeLost with the reason."""

@@ -170,11 +170,13 @@ class RayCrew:
 
     def __enter__(self) -> Self:
         try:
-            for node in self.placement.nodes:
-                control = self._stack.enter_context(ControlSocket(self._home.address))
-                agent = Agent(node)
+            agents = [Agent(node) for node in self.placement.nodes]
+            for agent in agents:
                 self._stack.callback(agent.end)
-                self._sites[node.id] = Site(node, agent, control, agent.facts["clock"] == clock_id())
+            for agent in agents:
+                control = self._stack.enter_context(ControlSocket(self._home.address))
+                same_clock = agent.ready().facts["clock"] == clock_id()
+                self._sites[agent.node.id] = Site(agent.node, agent, control, same_clock)
         except BaseException:
             self._stack.close()
             raise

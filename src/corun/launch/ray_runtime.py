@@ -58,7 +58,7 @@ class RayRuntime:
             )
         node = living[index % len(living)]
         if node.id not in self._agents:
-            self._agents[node.id] = Agent(node)
+            self._agents[node.id] = Agent(node).ready()
         return self._agents[node.id]
 
     def close(self) -> None:
