@@ -84,11 +84,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> Tokenizer:
-        """The tokenizer of a model directory or a `parts/` directory; the same object for the same directory.
+        """The tokenizer of a model directory or a `parts/` directory; the same object while its files are the same.
 
         Raises InputError when there is none.
         """
-        return _load(_directory(Path(directory)).resolve())
+        found = _directory(Path(directory)).resolve()
+        return _load(found, tuple(path.stat().st_mtime_ns for path in tokenizer_files(found)))
 
     @classmethod
     def read(cls, directory: Path) -> Tokenizer:
@@ -167,7 +168,7 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 @cache
-def _load(directory: Path) -> Tokenizer:
+def _load(directory: Path, written_ns: tuple[int, ...]) -> Tokenizer:
     return Tokenizer.read(directory)
 
 
