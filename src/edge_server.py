@@ -2,6 +2,7 @@
 
 python src/edge_server.py --preset tiny                                   random weights, new adapters
 python src/edge_server.py --glm_path chatglm2-6b --inference_path adapter --train_tag 0 --data questions.jsonl
+python src/edge_server.py --preset tiny --port 54100           sentences and labels come from clients over the socket
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from corun.errors import guard
-from corun.process import set_threads
+from corun.errors import InputError, guard
+from corun.process import StopSignal, set_threads
 
 if TYPE_CHECKING:
-    from corun.llm.edge import EdgeResult
+    from collections.abc import Sequence
+
+    from corun.llm.edge import EdgeOptions, EdgeResult
+    from corun.llm.items import Item
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,6 +34,14 @@ def main(
     inference_tag: Annotated[int, typer.Option("--inference_tag", min=0, max=1, help="1 = answer")] = 1,
     bs: Annotated[int, typer.Option(min=1, help="batch size of both")] = 2,
     data: Annotated[Path | None, typer.Option(help="JSON or JSON lines of sentences and labels")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="serve clients here until Ctrl-C; 0 = only --data")] = 0,
+    host: Annotated[str, typer.Option(help="with --port: address to listen on")] = "127.0.0.1",
+    deadline_ms: Annotated[
+        int, typer.Option("--deadline_ms", min=0, help="with --port: of requests without one")
+    ] = 0,
+    accumulate: Annotated[int, typer.Option(min=1, help="batches of one optimiser step")] = 1,
+    checkpoint: Annotated[Path | None, typer.Option(help="written when --data is learnt")] = None,
+    resume: Annotated[Path | None, typer.Option(help="a checkpoint to go on from, with the same --data")] = None,
     preset: Annotated[str, typer.Option(help="without --glm_path: tiny, small, mid or 6b, random weights")] = "tiny",
     epochs: Annotated[int, typer.Option(min=1, help="passes over the data")] = 1,
     lr: Annotated[float, typer.Option(min=0, help="learning rate")] = 1e-4,
@@ -69,15 +81,32 @@ def main(
             device=resolve_device(device),
             threads=threads,
             publish=publish,
+            accumulate=accumulate,
+            checkpoint=checkpoint,
+            resume=resume,
         )
-        items = texts.read_items(data) if data else list(edge.DEFAULT_DATA)
-        edge.check(items, options)
         directory = out or result_root() / f"edge-{datetime.now():%Y%m%d-%H%M%S}"
-        result = edge.serve_and_learn(items, options, directory / "adapter")
-        _show(result)
-        if result.answers:
-            edge.write_answers(result.answers, directory / "answers.jsonl")
+        if port:
+            _serve(texts.read_items(data) if data else [], options, host, port, deadline_ms, directory)
+        else:
+            items = texts.read_items(data) if data else list(edge.DEFAULT_DATA)
+            result = edge.serve_and_learn(items, options, directory / "adapter")
+            _show(result)
+            edge.write(result, directory)
         print(f"written to {directory}")
+
+
+def _serve(
+    items: Sequence[Item], options: EdgeOptions, host: str, port: int, deadline_ms: int, directory: Path
+) -> None:
+    from corun.llm.online import Post, serve
+    from corun.wire import Address
+
+    if options.checkpoint or options.resume:
+        raise InputError("--checkpoint and --resume belong to --data; with --port go on from --train_path")
+    with StopSignal() as stop:
+        post = Post(Address("tcp", host, port), directory, deadline_ms)
+        print(f"stopped: {serve(items, options, post, stop)}")
 
 
 def _path(text: str) -> Path | None:

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corun.clock import NS_PER_MS, NS_PER_S
 from corun.errors import InputError, RunFault, suggest
 from corun.llm import adapters
-from corun.llm.base import load_base, share, tree
+from corun.llm.base import SharedBase, load_base, share, tree
 from corun.llm.continuous import ContinuousEngine
 from corun.llm.engine import Engine, StaticEngine, Ticket
 from corun.llm.generate import Prompt
 from corun.llm.items import Item, example, prompt_ids
-from corun.llm.learn import LearnOptions, LearnStep
+from corun.llm.learn import Example, LearnOptions, LearnStep
 from corun.llm.sharing import PROCESS, THREAD, Job, LearnerHandle, scratch, start_learner
+from corun.run.records import TRAIN
+from corun.run.table import TableWriter
 from corun.serve.batcher import Batcher
 
+MODEL = "chatglm2"
 ENGINES = ("static", "continuous")
 LONGEST_DELAY_NS = 2_000_000
 
@@ -46,6 +50,9 @@ class EdgeOptions:
     device: str = "cpu"
     threads: int = 1
     publish: bool = True
+    accumulate: int = 1
+    checkpoint: Path | None = None
+    resume: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,8 @@ def check(items: Sequence[Item], options: EdgeOptions) -> None:
     ]
     if not options.train and not options.infer:
         problems.append("neither train_tag nor inference_tag is 1: there is nothing to do")
-    if options.bs < 1 or options.epochs < 1 or options.new_tokens < 1:
-        problems.append("bs, epochs and new_tokens must be 1 or more")
+    if min(options.bs, options.epochs, options.new_tokens, options.accumulate) < 1:
+        problems.append("bs, epochs, accumulate and new_tokens must be 1 or more")
     if options.engine not in ENGINES:
         problems.append(
             f'engine "{options.engine}" is not one of {", ".join(ENGINES)}{suggest(options.engine, ENGINES)}'
@@ -106,7 +113,7 @@ def serve_and_learn(items: Sequence[Item], options: EdgeOptions, save_to: Path |
             shared = share(base, Path(directory), options.glm_path)
             base = shared.open()
         engine = _engine(base, options) if options.infer else None
-        learner = start_learner(shared, base, _job(items, base, options), options.sharing) if options.train else None
+        learner = _learner(items, base, shared, options) if options.train else None
         try:
             return _run(items, base, options, engine, learner, save_to)
         finally:
@@ -127,8 +134,7 @@ def _run(
     answers: list[Answer] = []
     steps: list[LearnStep] = []
     if learner is not None:
-        size = min(options.bs, len(items))
-        learner.train(options.epochs * (len(items) // size))
+        learner.train(steps_for(len(items), options))
     if engine is not None:
         engine.start()
         answers += _answer_all(items, base, options, engine)
@@ -136,6 +142,8 @@ def _run(
         steps = learner.wait()
         if save_to is not None:
             learner.save_adapter(save_to)
+        if options.checkpoint is not None:
+            learner.save(options.checkpoint)
         if engine is not None and options.publish:
             engine.publish(learner.adapter())
             answers += _answer_all(items, base, options, engine)
@@ -149,11 +157,24 @@ def _engine(base: Any, options: EdgeOptions) -> Engine:
     return StaticEngine(model, Batcher(options.bs, LONGEST_DELAY_NS), threads=options.threads)
 
 
-def _job(items: Sequence[Item], base: Any, options: EdgeOptions) -> Job:
+def _learner(items: Sequence[Item], base: Any, shared: SharedBase | None, options: EdgeOptions) -> LearnerHandle:
+    job = job_for([example(item, base.tokenizer) for item in items], options)
+    return start_learner(shared, base, job, options.sharing)
+
+
+def steps_for(examples: int, options: EdgeOptions) -> int:
+    """Optimiser steps that pass `epochs` times over so many examples, at least one."""
+    batches = options.epochs * (examples // min(options.bs, examples))
+    return max(1, batches // options.accumulate)
+
+
+def job_for(examples: Sequence[Example], options: EdgeOptions) -> Job:
+    """What the learner is to do with these examples; batches no larger than there are examples."""
     return Job(
-        examples=[example(item, base.tokenizer) for item in items],
-        options=LearnOptions(batch_size=min(options.bs, len(items)), lr=options.lr),
+        examples=examples,
+        options=LearnOptions(batch_size=min(options.bs, len(examples)), accumulate=options.accumulate, lr=options.lr),
         path=options.train_path,
+        resume=options.resume,
         threads=options.threads,
     )
 
@@ -175,6 +196,31 @@ def _answer(index: int, ticket: Ticket, tokenizer: Any) -> Answer:
         ttft_ms=done.ttft_ms(ticket.arrived_ns),
         tpot_ms=done.tpot_ms,
     )
+
+
+def write(result: EdgeResult, directory: Path) -> None:
+    """answers.jsonl and train.csv, where there is something to put in them."""
+    if result.answers:
+        write_answers(result.answers, directory / "answers.jsonl")
+    if result.steps:
+        with TableWriter(directory / "train.csv", TRAIN) as table:
+            table.rows([step_row(step) for step in result.steps])
+
+
+def step_row(step: LearnStep) -> dict[str, Any]:
+    """One step as a row of train.csv."""
+    taken_ns = step.t_end_ns - step.t_start_ns
+    return {
+        "train_model_name": MODEL,
+        "epoch": step.epoch,
+        "step": step.step,
+        "t_start_ns": step.t_start_ns,
+        "t_end_ns": step.t_end_ns,
+        "step_ms": round(taken_ns / NS_PER_MS, 6),
+        "samples": step.samples,
+        "samples_per_s": round(step.samples * NS_PER_S / max(1, taken_ns), 3),
+        "loss": step.loss,
+    }
 
 
 def write_answers(answers: Sequence[Answer], path: Path) -> None:

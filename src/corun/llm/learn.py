@@ -93,6 +93,12 @@ class Learner:
         self.index += size
         return [self.examples[i] for i in chosen]
 
+    def add(self, examples: Sequence[Example]) -> None:
+        """More to learn from; a new epoch over all of it begins with the next step."""
+        _check(examples, LearnOptions(batch_size=1))
+        self.examples += examples
+        self.index = len(self.examples)
+
     def step(self) -> LearnStep:
         """One optimiser step; reading the loss waits for the device's current stream."""
         start, plugin = now_ns(), glm()

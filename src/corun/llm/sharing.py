@@ -79,15 +79,23 @@ class LearnerHandle:
         """Make `steps` more optimiser steps; returns at once."""
         self._ask("train", steps)
 
+    def add(self, examples: Sequence[Example]) -> None:
+        """More examples, between two of its steps."""
+        self._ask("add", list(examples))
+
     def report(self) -> list[LearnStep]:
         """Every step made since it started."""
         steps: list[LearnStep] = self._ask("report")
         return steps
 
+    def busy(self) -> bool:
+        """Whether it has steps left to make."""
+        return bool(self._ask("todo"))
+
     def wait(self, timeout_s: float = 3600.0) -> list[LearnStep]:
         """Block until it has made every step it was told to; all steps so far."""
         until = time.monotonic() + timeout_s
-        while self._ask("todo"):
+        while self.busy():
             if time.monotonic() > until:
                 raise RunFault(f"the learner did not finish within {timeout_s} s")
             time.sleep(POLL_S)
@@ -238,6 +246,8 @@ def _answer(learner: Learner, what: str, arguments: Sequence[Any], steps: list[L
                 return list(steps)
             case "adapter":
                 return save(learner.adapter())
+            case "add":
+                learner.add(*arguments)
             case "save_adapter":
                 learner.save_adapter(*arguments)
             case "save":
