@@ -11,7 +11,7 @@ from corun.profile.tables import GPU, PROCESS, PROFILE
 from corun.report.attribution import ATTRIBUTION
 from corun.report.summary import as_json, summarise
 from corun.report.validity import check
-from corun.run.records import EVENTS, INFER_CLIENT, INFER_SERVER, SUMMARY, TRAIN, Table
+from corun.run.records import ACCURACY, EVENTS, INFER_CLIENT, INFER_SERVER, SUMMARY, TRAIN, Table
 from corun.serve.loop import INFER_LOOP
 
 COMPRESSION = "zstd"
@@ -91,6 +91,7 @@ def definition(source: Path) -> Table:
         "infer_client": INFER_CLIENT,
         "infer_server": INFER_SERVER,
         "infer_loop": INFER_LOOP,
+        "accuracy.csv": ACCURACY,
         "attribution.csv": ATTRIBUTION,
         "train.csv": TRAIN,
         "profile.csv": PROFILE,
