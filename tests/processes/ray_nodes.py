@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine: in network namespaces where they can be had, else on the loopback.
 
 Where namespaces can be had the second node also gets a monotonic clock of its own, so that what is said about clocks
-is tested against a known offset. Everything is ended by process group and namespace: other people's clusters stay.
+is tested against a known offset. On the loopback the nodes are 127.0.0.2 and 127.0.0.3: Ray takes 127.0.0.1 for a
+machine that cannot have a second node. Everything is ended by process group and namespace: other people's clusters stay.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from tests.processes.tools import wait_until
 RAY = Path(sys.executable).parent / "ray"
 AHEAD_S = 5000
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,9 @@ class Cluster:
 
 def make_cluster(free_port: int) -> Cluster:
     """Two running nodes, `role=clients` (the head) and `role=servers`."""
-    spots = _namespaces() or (Spot((), "127.0.0.1"), Spot((), "127.0.0.1"))
-    environment = ENVIRONMENT if spots[0].prefix else ENVIRONMENT | LOOPBACK
+    spots = _namespaces() or (Spot((), "127.0.0.2"), Spot((), "127.0.0.3"))
     folder = Path(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))
-    cluster = Cluster(*spots, free_port, environment | {"TMPDIR": str(folder)}, folder)
+    cluster = Cluster(*spots, free_port, ENVIRONMENT | {"TMPDIR": str(folder)}, folder)
     try:
         cluster.start(cluster.clients, "clients-node", "clients", head=True)
         cluster.start(cluster.servers, "servers-node", "servers")

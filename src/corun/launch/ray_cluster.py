@@ -4,8 +4,9 @@ Ray is imported here and only when it is asked for. It is never in the path of a
 few per cent of a core would become part of what is measured. What had to be known:
 
 - `ray.init` on an address where nobody listens takes minutes, so the address is tried by hand first.
-- Ray replaces 127.0.0.1 by the host's address, which a cluster on the loopback does not answer on;
-  RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 keeps it (for `ray start` as well as here).
+- Ray replaces 127.0.0.1 by the host's address, on which a cluster of the loopback does not answer;
+  RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 keeps it (for `ray start` as well as here), but then a cluster has one node.
+  Two nodes on one machine are best called 127.0.0.2 and 127.0.0.3, which Ray leaves alone.
 - `ray.init` takes over SIGTERM; the launcher's handlers are put back.
 - Workers run at niceness 15 and without GPUs; see corun.launch.agent.
 """
@@ -30,7 +31,8 @@ CALL_S = 10.0
 AGENT_START_S = 60.0
 KNOCK_S = 5.0
 AUTO = "auto"
-LOOPBACK = ("127.", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost")
+ELSEWHERE = ("203.0.113.1", 9)
 OWN_LABEL = "ray.io/node-id"
 _INTERNAL = ("node:", "memory", "object_store_memory")
 
@@ -55,8 +57,6 @@ def connect(address: str) -> tuple[list[Node], Node]:
     """
     if address != AUTO:
         _knock(address)
-    if address.startswith(LOOPBACK):
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray = _ray()
     if not ray.is_initialized():
         with _own_signals():
@@ -103,6 +103,17 @@ def _knock(address: str) -> None:
         raise InputError(
             f"no Ray cluster answers at {address}: {error}; start its head there: ray start --head --port {port}"
         ) from error
+    if host in LOOPBACK and not _answers_outside(int(port)):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def _answers_outside(port: int) -> bool:
+    """Whether a port of this host answers on the address Ray would put in place of 127.0.0.1; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(ELSEWHERE)
+        socket.create_connection((probe.getsockname()[0], port), 1.0).close()
+        return True
+    return False
 
 
 @contextmanager
