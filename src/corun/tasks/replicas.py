@@ -26,6 +26,7 @@ from corun.wire import Address
 __all__ = ["Patience", "Place", "ReplicaSet", "free_port"]
 
 WAITING, STARTING, READY, DRAINING, GONE = "waiting", "starting", "ready", "draining", "gone"
+LEAVING = frozenset({DRAINING, GONE})
 
 
 UNUSED = Usage(0.0, None)
@@ -110,8 +111,8 @@ class ReplicaSet:
 
     @property
     def count(self) -> int:
-        """Replicas that are or will be there: all but those that drain."""
-        return sum(place.state != DRAINING for place in self.places.values())
+        """Replicas that are or will be there: all but those that leave."""
+        return len(self._staying())
 
     def serving(self) -> dict[str, Address]:
         """Router names and addresses of those that are ready."""
@@ -161,8 +162,8 @@ class ReplicaSet:
     def resize(self, wanted: int, model: str) -> None:
         """From now on `wanted` replicas of `model`; those of another model go once as many new ones are ready."""
         self.wanted, self.model = wanted, model
-        current = [place for place in self._not_draining() if place.model in ("", model)]
-        others = [place for place in self._not_draining() if place not in current]
+        current = [place for place in self._staying() if place.model in ("", model)]
+        others = [place for place in self._staying() if place not in current]
         for _ in range(wanted - len(current)):
             index = next(number for number in range(len(self.places) + 1) if number not in self.places)
             self.places[index] = Place(index, model=model)
@@ -173,8 +174,8 @@ class ReplicaSet:
         for place in surplus:
             self._retire(place)
 
-    def _not_draining(self) -> list[Place]:
-        return [place for place in self.places.values() if place.state != DRAINING]
+    def _staying(self) -> list[Place]:
+        return [place for place in self.places.values() if place.state not in LEAVING]
 
     def _retire(self, place: Place) -> None:
         """Let it finish; one that never started is simply forgotten."""

@@ -36,6 +36,9 @@ __all__ = ["HISTORY", "Pace", "Service", "Slot"]
 OK = int(Status.OK)
 KEPT_LATENCIES = 1_000_000
 MS_PER_S = 1000.0
+GENERATES = "generation"
+LEAST_WINDOW = 8
+HOLD_IDLE_NS = 60 * NS_PER_S
 
 HISTORY: tuple[Column, ...] = (
     Column("t_s", "s", "float", "Unix time of the row"),
@@ -145,8 +148,8 @@ class Service:
         self.demand = Demand(pace.record_s, max(1, round(pace.ahead_s / pace.record_s)))
         self._store, self._pace, self._say = store, pace, say
         self._log = directory / f"{task.id}.log"
-        hold = replace(limits or Limits(), hold_ns=60 * NS_PER_S) if task.min_replicas == 0 else limits or Limits()
-        self.front = Front(task.id, listen, sockets, directory / f"{task.id}-router.log", hold)
+        routed = router_limits(limits or Limits(), task, choice)
+        self.front = Front(task.id, listen, sockets, directory / f"{task.id}-router.log", routed)
         self.replicas = ReplicaSet(task.id, runtime, self._specify, pool, self.note, patience)
         self.replicas.resize(max(task.min_replicas, min(choice.replicas, task.max_replicas)), self.model)
         self._rows = TableWriter(directory / f"{task.id}.csv", HISTORY)
@@ -409,6 +412,18 @@ class Service:
             "most": self.task.max_replicas,
             "replicas": [asdict(row) for row in self.replicas.rows()],
         }
+
+
+def router_limits(limits: Limits, task: Task, choice: Choice) -> Limits:
+    """What the router of a task holds.
+
+    A replica gets as much at a time as keeps it busy, a few batches: what waits in the router can still go to a
+    replica that joins, and is not lost with one that dies. Models that generate text batch by themselves and get all.
+    A task that may have no replica at all holds its requests until one has started.
+    """
+    window = limits.window if task.kind == GENERATES else min(limits.window, max(LEAST_WINDOW, 4 * choice.max_batch))
+    hold_ns = max(limits.hold_ns, HOLD_IDLE_NS) if task.min_replicas == 0 else limits.hold_ns
+    return replace(limits, window=window, hold_ns=hold_ns)
 
 
 def status_name(status: int) -> str:
