@@ -313,36 +313,31 @@ class Stages:
         self, policy: str, everybody: Sequence[str], names: Sequence[str], factor: float, repeat: int, trains: bool
     ) -> Observation | str:
         """One window of `names`; a sentence when they cannot run: a process died, or did not start."""
-        try:
-            return self._stage(policy, everybody, names).observe(names, factor, repeat, trains)
-        except RunFault as error:
-            self._fail(policy)
-            if frozenset(everybody) == frozenset(names) or self._open_names(policy) == frozenset(names):
-                return str(error)
-        try:
-            return self._stage(policy, names, names).observe(names, factor, repeat, trains)
-        except RunFault as error:
-            self._fail(policy)
-            return str(error)
+        reason = ""
+        for wanted in self._wanted(policy, frozenset(everybody), frozenset(names)):
+            try:
+                return self._stage(policy, [name for name in everybody if name in wanted]).observe(
+                    names, factor, repeat, trains
+                )
+            except RunFault as error:
+                reason = str(error)
+                self._failed.add((policy, wanted))
+                self.close()
+        return reason
 
-    def _open_names(self, policy: str) -> frozenset[str]:
-        return self._open[1].names if self._open and self._open[0] == policy else frozenset()
+    def _wanted(self, policy: str, everybody: frozenset[str], names: frozenset[str]) -> list[frozenset[str]]:
+        """The stages to try: the open one, one with everybody unless that has failed, one with these only."""
+        here = (
+            [self._open[1].names] if self._open and self._open[0] == policy and names <= self._open[1].names else []
+        )
+        usual = [everybody] if (policy, everybody) not in self._failed else []
+        return list(dict.fromkeys([*(here or usual), names]))
 
-    def _fail(self, policy: str) -> None:
-        if self._open:
-            self._failed.add((policy, self._open[1].names))
-            self.close()
-
-    def _stage(self, policy: str, everybody: Sequence[str], names: Sequence[str]) -> Stage:
-        if self._open and self._open[0] == policy and set(names) <= self._open[1].names:
+    def _stage(self, policy: str, wanted: Sequence[str]) -> Stage:
+        if self._open and self._open[0] == policy and self._open[1].names == frozenset(wanted):
             return self._open[1]
         self.close()
-        wanted = everybody if (policy, frozenset(everybody)) not in self._failed else names
         stage = Stage(self._pair_of(policy, wanted), self._factors, self._repeats, self._seconds)
-        try:
-            stage.__enter__()
-        except RunFault:
-            self._failed.add((policy, frozenset(wanted)))
-            raise
+        stage.__enter__()
         self._open = (policy, stage)
         return stage

@@ -160,7 +160,8 @@ def _validated(
         if found.kept or found.status == "interrupted":
             return result
         names = ", ".join(one.name for one in result.answer.services)
-        programs.say(f"{result.answer.policy}: {names} missed its promise when it was run; planning again")
+        why = found.reason or "missed its promise when it was run"
+        programs.say(f"{result.answer.policy}: {names}: {why}; planning again")
         planner.refute(result.answer.policy, result.answer.services)
         again = planner.answer(result.answer.policy, may_measure=False)
         if not again.places:
