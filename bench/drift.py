@@ -2,13 +2,13 @@
 
     requests   clean ........ shift │ corrupted ................................................ end
     accuracy   acc_before           │ acc_shifted (old weights) ─ swaps ─▶ acc_recovered (last seconds)
-    tail       p99 of requests due around a swap  /  p99 of as many stretches of the same run without one
+    tail       p99 of requests due around a swap  /  p99 of stretches beside it without one
 
 One pretrained classifier is served; the same network trains beside it on the requests whose labels have come in and
 publishes what is better on held-out ones. Everything runs through corun.launch as `main.py` runs it, once per sharing
 policy, on the same arrivals. A stretch around a swap is from BEFORE_S before it (validation, writing, the server's
-reading and checking) to AFTER_S after it; the stretches it is compared with lie beside it, before and after. A p99
-that rests on too few requests is null.
+reading and checking) to AFTER_S after it; it is compared with two stretches as long before it and two after it,
+where they hold no swap. A p99 that rests on too few requests is null.
 
     python -m bench.drift [--quick] [--policies none,idle,preempt]
 """
@@ -70,7 +70,7 @@ class Plan:
     pretrain_steps: int
 
 
-FULL = Plan(window_s=75, shift_s=15, last_s=12, rate=50, pretrain_steps=160)
+FULL = Plan(window_s=75, shift_s=15, last_s=12, rate=60, pretrain_steps=160)
 QUICK = Plan(window_s=30, shift_s=7, last_s=6, rate=50, pretrain_steps=110)
 
 
@@ -116,13 +116,13 @@ def recovery_s(seen: Seen, shift_s: float, before: float | None, shifted: float 
 
 
 def around(due_s: Floats, swaps_s: Sequence[float]) -> tuple[Flags, Flags]:
-    """Which requests are due around a swap, and which in the equally long stretches beside them without one."""
+    """Which requests are due around a swap, and which in two such stretches before it and two after it without one."""
     near, beside = np.zeros(len(due_s), bool), np.zeros(len(due_s), bool)
     length = BEFORE_S + AFTER_S
     for swap in swaps_s:
         begin = swap - BEFORE_S
         near |= (due_s >= begin) & (due_s < begin + length)
-        beside |= (due_s >= begin - length) & (due_s < begin + 2 * length)
+        beside |= (due_s >= begin - 2 * length) & (due_s < begin + 3 * length)
     return near, beside & ~near
 
 
