@@ -117,9 +117,11 @@ class NmtTraining:
     min_batch = 1
 
     def __init__(self, name: str, preset: str, architecture: str, options: ModelOptions) -> None:
+        from corun.ectrans import build
+
         _checked(name, options)
         network = load_network(name, preset, architecture, options)
-        self.module = torch_tools.place_for_training(network.module.float().requires_grad_(True), options)
+        self.module = torch_tools.place_for_training(build.made_trainable(network.module), options)
         self.tokenizer = network.tokenizer
         self.info = _info(name, network, options)
         self._ids: dict[str, list[int]] = {}

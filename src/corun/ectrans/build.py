@@ -216,6 +216,13 @@ def with_tied(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def made_trainable(model: Any) -> Any:
+    """The network in fp32 with gradients for everything but the tables of positions, which are constants."""
+    for name, value in model.float().named_parameters():
+        value.requires_grad_(not name.endswith(POSITIONS_SUFFIX))
+    return model
+
+
 def tied_names(model: Any) -> list[list[str]]:
     """Groups of state names that are one parameter in the network."""
     groups: dict[int, list[str]] = {}

@@ -47,9 +47,9 @@ def train(
     if not pairs or steps < 1:
         raise InputError(f"there is nothing to train: {len(pairs)} pairs, {steps} steps")
     tokenizer = tokens.Tokenizer.load(directory)
-    model = build.read_model(directory).float().to(torch_tools.torch_device(device))
-    model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    model = build.made_trainable(build.read_model(directory)).train().to(torch_tools.torch_device(device))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, steps))
     encoded = [(tokenizer.encode(source), tokenizer.encode(target)) for source, target in pairs]
     losses = []
@@ -57,7 +57,7 @@ def train(
         loss = pair_loss(model, batch, tokenizer.pad_id)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(learning, CLIP)
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))

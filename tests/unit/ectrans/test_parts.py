@@ -229,3 +229,17 @@ def test_the_reference_translator(trained_parts: Path) -> None:
     assert translator.tokenizer is Tokenizer.load(trained_parts)
     answers = translator.translate(["go tuni", "tuni go"])
     assert len(set(answers)) == 2
+
+
+def test_tables_of_positions_are_constants(model: Path) -> None:
+    """Training leaves the tables of positions alone: a file does not hold them, they are made anew."""
+    network = build.made_trainable(build.read_model(model))
+    frozen = [name for name, value in network.named_parameters() if not value.requires_grad]
+    assert all(name.endswith(build.POSITIONS_SUFFIX) for name in frozen)
+    assert len(frozen) == (2 if network.config.model_type == "marian" else 0)
+
+
+def test_marians_table_of_positions() -> None:
+    """The table made here is transformers' own, bit for bit."""
+    own = build.random_model("tiny").get_encoder().embed_positions.weight
+    assert torch.equal(build.sinusoids(*own.shape), own)
