@@ -7,24 +7,21 @@ import csv
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.processes.test_tasks_runtime import BASE_IMAGE, docker_host  # noqa: F401 - a fixture
+from tests.processes.engine import BASE_IMAGE, engine_host
+from tests.processes.supervised import Up
 
 from corun import registry
-from corun.process import StopSignal
-from corun.tasks import task as tasks
-from corun.tasks.monitor import history, log_names, log_tail, snapshot
+from corun.tasks.monitor import history, log_names, log_tail
 from corun.tasks.store import Store
-from corun.tasks.supervisor import Supervisor, UpOptions, running
+from corun.tasks.supervisor import UpOptions, running
 from corun.testing.ask import Asker
 from corun.testing.drive import Drive, Outcomes, poisson_dues_ns
-from corun.wire import Address
 
 IMAGE_TASK = {"kind": "classification", "weights": "random", "slo": "p99<=500"}
 TASKS: tuple[dict[str, Any], ...] = (
@@ -34,55 +31,6 @@ TASKS: tuple[dict[str, Any], ...] = (
 )
 RATE = 15.0
 SECONDS = 8.0
-
-
-class Up:
-    """A supervisor in a thread of this process, and what its store says."""
-
-    def __init__(self, directory: Path, runtime: str) -> None:
-        self.store = Store(directory / "tasks.sqlite")
-        for values in TASKS:
-            self.store.add(tasks.make(**values, runtime=runtime))
-        self.said: list[str] = []
-        self.stop = StopSignal()
-        options = UpOptions(image=BASE_IMAGE, checkout=True, directory=directory / "run")
-        self.supervisor = Supervisor(self.store, options, self.said.append)
-        self.fault: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        try:
-            self.supervisor.run(self.stop)
-        except BaseException as error:  # noqa: BLE001 - shown by the test
-            self.fault = error
-
-    def __enter__(self) -> Up:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop.request()
-        self._thread.join(90)
-
-    def live(self, task: str) -> dict[str, Any]:
-        found = [one for one in snapshot(self.store)["tasks"] if one["id"] == task]
-        return found[0] if found else {"replicas": [], "router": {"up": False}}
-
-    def wait(self, condition: Any, timeout_s: float = 100.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert self.fault is None, self.fault
-            assert time.monotonic() < deadline, "\n".join(self.said)
-            time.sleep(0.1)
-
-    def all_ready(self) -> bool:
-        return all(
-            one["router"]["up"] and [replica["state"] for replica in one["replicas"]] == ["ready"]
-            for one in (self.live(values["id"]) for values in TASKS)
-        )
-
-    def address(self, task: str) -> Address:
-        return Address.parse(self.live(task)["address"])
 
 
 def payloads(task: dict[str, Any]) -> list[bytes]:
@@ -117,11 +65,13 @@ def kill(up: Up, runtime: str) -> str:
 
 
 @pytest.mark.parametrize("runtime", ["process", "docker"])
-def test_three_tasks_survive_a_kill(runtime: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_three_tasks_survive_a_kill(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request is answered or counted as an error, the killed server is replaced, each task has its report."""
     if runtime == "docker":
-        request.getfixturevalue("docker_host")
-    with Up(tmp_path, runtime) as up:
+        monkeypatch.setenv("DOCKER_HOST", engine_host())
+    registered = [{**values, "runtime": runtime} for values in TASKS]
+    options = UpOptions(image=BASE_IMAGE, checkout=True, directory=tmp_path / "run")
+    with Up(tmp_path, registered, options) as up:
         up.wait(up.all_ready)
         assert running(up.store) == os.getpid()
         with poisson_load(up) as drives:

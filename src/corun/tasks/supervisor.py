@@ -229,6 +229,8 @@ class Supervisor:
             service.finish()
             if service.settled(now_s):
                 self._leaving.remove(service)
+                service.close(now_s)
+                self._report(service)
                 service.front.terminate()
                 wait(service.replicas.stop(), SETTLE_S)
                 service.front.kill()
