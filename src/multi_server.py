@@ -66,7 +66,7 @@ def main(
             )
         for name in names:
             registry.model(name)
-        directory = out or result_root() / f"servers-{datetime.now():%Y%m%d-%H%M%S}"
+        directory = (out or result_root() / f"servers-{datetime.now():%Y%m%d-%H%M%S}").absolute()
         options = {
             "device": device,
             "threads": threads,

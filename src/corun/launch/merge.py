@@ -25,7 +25,7 @@ from corun.load.ring import ring_to_csv
 
 WALL_CLOCK = "t_wall_ns"
 PROFILER_FILES = ("profile.csv", "gpu.csv", "process.csv", "profiler.json")
-OWN_FILES = ("processes.jsonl", "schedule.npy")
+OWN_FILES = ("processes.jsonl", "schedule.npy", "drift.json")
 
 
 @dataclass(frozen=True)

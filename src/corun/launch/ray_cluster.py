@@ -137,7 +137,7 @@ class Agent:
     def __init__(self, node: Node) -> None:
         ray = _ray()
         self.node = node
-        self.lost = ""
+        self.lost = self.why = ""
         self.facts: dict[str, Any] = {}
         options = {"num_cpus": 0, "max_restarts": 0, "label_selector": {OWN_LABEL: node.id}}
         self._actor = ray.remote(NodeAgent).options(**options).remote()
@@ -165,6 +165,7 @@ class Agent:
             raise self._lose(f"it did not answer within {timeout_s:g} s") from None
 
     def _lose(self, reason: str) -> NodeLost:
+        self.why = reason
         kept = f"; what it wrote is in {self.facts['directory']} there" if self.facts else ""
         self.lost = f"node {self.node.name} ({self.node.address}) was lost: {reason}{kept}"
         return NodeLost(self.lost)

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from corun.clock import NS_PER_S, now_ns
 from corun.errors import InputError, RunFault, WireError
-from corun.launch import ray_cluster
+from corun.launch import drift, ray_cluster
 from corun.launch.children import LOST, Child
 from corun.launch.control import ControlSocket
 from corun.launch.crew import Place, Shared
@@ -49,6 +49,7 @@ ENDED_WAIT_S = 5.0
 STOP_S = 20.0
 CHUNK = 4 << 20
 NO_POLICY = "none"
+BRIEFED = ("schedule.npy", drift.SPECIFICATION)
 
 
 class RemoteProcess:
@@ -110,7 +111,7 @@ class RemoteChild(Child):
 
     def log_tail(self) -> str:
         if self.agent.lost:
-            return self.agent.lost
+            return self.agent.why
         try:
             return str(self.agent.call("log_tail", self.popen.pid))
         except RunFault as error:
@@ -163,6 +164,11 @@ class RayCrew:
             pair.train is not None,
             clients=services,
         )
+        if pair.train and pair.train.publish and not self.placement.shared:
+            raise InputError(
+                "publish cannot be had here",
+                [f"the services follow a directory of the trainer's node, but they are on {_where(self.placement)}"],
+            )
         self.children: list[Child] = []
         self._compare_ns = NEVER_NS
         self._every_ns = round(pair.config.launch.collect_s * NS_PER_S)
@@ -177,10 +183,17 @@ class RayCrew:
                 control = self._stack.enter_context(ControlSocket(self._home.address))
                 same_clock = agent.ready().facts["clock"] == clock_id()
                 self._sites[agent.node.id] = Site(agent.node, agent, control, same_clock)
+                self._brief(self._sites[agent.node.id])
         except BaseException:
             self._stack.close()
             raise
         return self
+
+    def _brief(self, site: Site) -> None:
+        """What processes read that are told more than their command line says."""
+        for path in map(self._run.file, BRIEFED):
+            if path.exists():
+                site.agent.call("put", path.name, path.read_bytes(), timeout_s=STOP_S)
 
     def __exit__(self, *exc: object) -> None:
         with self._stack:
@@ -240,7 +253,8 @@ class RayCrew:
         return self._shared
 
     def deliver(self, place: Place, path: Path) -> Path:
-        self._by_name(place.node).agent.call("put", path.name, path.read_bytes(), timeout_s=STOP_S)
+        if path.name not in BRIEFED:
+            self._by_name(place.node).agent.call("put", path.name, path.read_bytes(), timeout_s=STOP_S)
         return place.out / path.name
 
     def _by_name(self, name: str) -> Site:
@@ -250,6 +264,7 @@ class RayCrew:
 
     def start(self, place: Place, role: str, name: str, argv: Sequence[str], environment: Mapping[str, str]) -> Child:
         agent = self._by_name(place.node).agent
+        argv = [word.replace(str(self._run.path), str(place.out)) for word in argv]
         pid = agent.call("start", role, name, list(argv), dict(environment))
         log = self._run.file("logs") / f"{role}-{name}.log"
         child = RemoteChild(role, name, tuple(argv), log, RemoteProcess(agent, pid), -1, node=place.node)

@@ -48,6 +48,7 @@ class RunDirectory:
     @classmethod
     def create(cls, path: Path, resolved: dict[str, Any], config_digest: str) -> RunDirectory:
         """Make the directory and its manifest with status running; InputError when it cannot be written."""
+        path = path.absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
