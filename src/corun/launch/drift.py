@@ -39,6 +39,8 @@ def problems(pair: Pair) -> Iterator[str]:
             yield 'train: publish validates on labelled requests: give "drift" and services with "data": "drift"'
         return
     asked = [service for service in pair.services if shifting(service)]
+    if not config.launch.local:
+        yield "drift: service, client and trainer share files of the run directory: run them on one machine"
     if len(asked) != 1:
         yield f'drift: one service at a time can be asked "data": "drift", not {len(asked)}'
     if len(pair.arms) != 1 or config.repeat != 1 or pair.arms == ("train",):

@@ -70,6 +70,7 @@ def test_cells_without_drift_keep_their_digest() -> None:
         ({"drift": {**SHIFT, "corruption": "fog"}}, 'corruption "fog"'),
         ({"drift": {**SHIFT, "class_mix": {"after": [1]}}}, "class_mix.after must be 8 weights"),
         ({"drift": None}, "publish validates on labelled requests"),
+        ({"launch": {"backend": "ray"}}, "run them on one machine"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_the_start(changes: dict[str, Any], sentence: str) -> None:
