@@ -1,43 +1,97 @@
-"""One base, two adapters: time per token alone and beside a learner, by sharing mode; static against continuous.
+"""One base, two adapters: memory, time per token beside a learner, static against continuous, and queue policies.
 
+    memory                           PSS of the server's and the learner's process together beyond that of the same
+                                     with a network of 3 MiB: one shared base against two copies
     alone, process, thread, none     median TPOT of prompts answered one at a time, and the learner's ms per step
-    static, continuous               tokens/s of prompts that are all handed in at once
+    solo, static, continuous         tokens/s of prompts one after another, and all handed in at once
+    fifo, sjf, edf, hrrn             tasks of 16, 128 or 256 sentences that arrive as in the Azure trace at 80 % load,
+                                     in virtual time
 
-Conditions take turns, in reversed order every other round; each figure is the median over rounds. In `thread` both
-sides share the interpreter lock: its figure shows that cost, not the hardware's.
+Conditions take turns, in reversed order every other round; each figure is the median over rounds (of the policies:
+over seeds). In `thread` both sides share the interpreter lock: its figure shows that cost, not the hardware's.
 
-    python -m bench.llm [--preset small] [--rounds 5]
+    python -m bench.llm [--quick] [--preset small] [--memory-preset mid] [--rounds 3]
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import psutil
 import typer
 
 from bench.common import last_line, store
+from corun.arrivals import traces
 from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import guard
 from corun.llm import adapters
 from corun.llm.base import base_bytes, load_base, share, tree
 from corun.llm.continuous import ContinuousEngine
 from corun.llm.engine import Engine, StaticEngine
-from corun.llm.generate import Prompt
+from corun.llm.generate import Prompt, generate
 from corun.llm.learn import LearnOptions
-from corun.llm.sharing import MODES, Job, LearnerHandle, scratch, start_learner
+from corun.llm.schedule import MODES as POLICIES
+from corun.llm.schedule import BatchCost, Rules, Task, outcome, simulate
+from corun.llm.sharing import MODES, NONE, PROCESS, THREAD, Job, LearnerHandle, scratch, start_learner
 from corun.serve.batcher import Batcher
 
 ALONE = "alone"
 BATCH = 8
 EXAMPLES = [([3 + i % 200, 40, 50] * 5, [10, 11, 120] * 5) for i in range(16)]
 MANY_STEPS = 1_000_000
+LOAD, TASKS = 0.8, 2000
+SIZES, SHARES = (16, 128, 256), (0.6, 0.3, 0.1)
+SLACK = (2.0, 20.0)
 
 
 def prompts(count: int, new_tokens: int) -> list[Prompt]:
     """Prompts of 16 ids and different beginnings."""
     return [Prompt([3 + (7 * i + 3 * j) % 250 for j in range(16)], new_tokens) for i in range(count)]
+
+
+# Memory
+
+
+def held_mib(preset: str, mode: str) -> float:
+    """PSS in MiB of a server and a learner that have both worked, in processes made for the purpose."""
+    from torch.multiprocessing import get_context
+
+    with scratch() as directory:
+        shared = share(load_base(preset=preset), Path(directory))
+        gc.collect()
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_hold, args=(shared, mode, theirs))
+        child.start()
+        try:
+            return float(ours.recv())
+        finally:
+            child.join(60)
+
+
+def _hold(shared: Any, mode: str, connection: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    base = shared.open()
+    server = adapters.attach(tree(base), adapters.SERVE, base).eval()
+    learner = start_learner(shared, base, Job(EXAMPLES, LearnOptions(batch_size=2)), mode)
+    try:
+        learner.train(1)
+        generate(server, prompts(1, 4))
+        learner.wait()
+        pids = {os.getpid(), learner.pid}
+        connection.send(sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20)
+    finally:
+        learner.stop()
+
+
+# Time
 
 
 def median_tpot_ms(base: Any, count: int, new_tokens: int) -> float:
@@ -66,61 +120,113 @@ def beside(base: Any, shared: Any, mode: str, count: int, new_tokens: int) -> tu
     return tpot, statistics.median(taken) if taken else None
 
 
-def tokens_per_s(engine: Engine, new_tokens: int) -> float:
-    """Throughput of BATCH prompts handed in at once, after one warm-up."""
+def tokens_per_s(engine: Engine, new_tokens: int, together: bool = True) -> float:
+    """Throughput of BATCH prompts, handed in at once or one after another, after one warm-up."""
     engine.start()
     try:
         engine.submit(prompts(1, 4)[0]).result()
         start = now_ns()
-        for ticket in [engine.submit(prompt) for prompt in prompts(BATCH, new_tokens)]:
-            ticket.result()
+        if together:
+            for ticket in [engine.submit(prompt) for prompt in prompts(BATCH, new_tokens)]:
+                ticket.result()
+        else:
+            for prompt in prompts(BATCH, new_tokens):
+                engine.submit(prompt).result()
         return BATCH * new_tokens * NS_PER_S / (now_ns() - start)
     finally:
         engine.close()
 
 
 def throughputs(base: Any, new_tokens: int) -> dict[str, float]:
-    """Tokens/s of both engines."""
-    static, continuous = (adapters.attach(tree(base), adapters.SERVE, base) for _ in range(2))
+    """Tokens/s one after another, and of both engines."""
+    solo, static, continuous = (adapters.attach(tree(base), adapters.SERVE, base) for _ in range(3))
     return {
+        "solo": tokens_per_s(StaticEngine(solo), new_tokens, together=False),
         "static": tokens_per_s(StaticEngine(static, Batcher(BATCH, 5_000_000)), new_tokens),
         "continuous": tokens_per_s(ContinuousEngine(continuous, max_batch=BATCH), new_tokens),
     }
 
 
+# Policies
+
+
+def policies(seed: int) -> dict[str, float]:
+    """Each policy's figures on one draw of tasks, and what the comparison of two comes to."""
+    rng, cost = np.random.default_rng(seed), BatchCost()
+    sizes = rng.choice(SIZES, p=SHARES, size=TASKS)
+    service_s = np.array([cost.task_s(int(size), 16) for size in sizes])
+    trace = traces.azure_default().compressed(LOAD / float(service_s.mean()))
+    arrivals_s = trace.draw(rng, 2 * TASKS / trace.rate)[:TASKS]
+    limits_s = 1 + service_s * rng.uniform(*SLACK, TASKS)
+    tasks = [
+        Task(i, ("",) * int(size), float(size), round(at * NS_PER_S), round((at + limit) * NS_PER_S))
+        for i, (size, at, limit) in enumerate(zip(sizes, arrivals_s, limits_s, strict=False))
+    ]
+    found = {mode: outcome(mode, simulate(tasks, Rules(mode, 1, 16), cost)) for mode in POLICIES}
+    return {
+        **{f"mean_s_{mode}": row.mean_s for mode, row in found.items()},
+        **{f"p99_s_{mode}": row.p99_s or 0.0 for mode, row in found.items()},
+        **{f"missed_{mode}": row.misses / row.deadlines for mode, row in found.items()},
+        "sjf_vs_fifo_mean": found["sjf"].mean_s / found["fifo"].mean_s,
+        "edf_vs_fifo_missed": found["edf"].misses / found["fifo"].misses,
+        "hrrn_vs_sjf_p99": (found["hrrn"].p99_s or 0.0) / (found["sjf"].p99_s or 1.0),
+    }
+
+
+def medians(rows: list[dict[str, float]], digits: int) -> dict[str, float]:
+    """The median of each figure over rows."""
+    return {name: round(statistics.median(row[name] for row in rows), digits) for name in rows[0]}
+
+
 def main(
-    preset: Annotated[str, typer.Option(help="tiny, small, mid or 6b")] = "tiny",
+    preset: Annotated[str, typer.Option(help="of the times: tiny, small, mid or 6b")] = "small",
+    memory_preset: Annotated[str, typer.Option(help="of the memory")] = "mid",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    count: Annotated[int, typer.Option(min=1, help="prompts a measurement")] = 5,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    count: Annotated[int, typer.Option(min=1, help="prompts a measurement")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 24,
+    quick: Annotated[bool, typer.Option("--quick", help="small sizes, one round: does it work?")] = False,
 ) -> None:
     """Measure, store and print the figures."""
+    if quick:
+        preset, memory_preset, rounds, count, new_tokens = "tiny", "small", 1, 2, 8
     with guard(), scratch() as directory:
         import torch
 
         torch.set_num_threads(1)
+        pss = {
+            size: {mode: held_mib(size, mode) for mode in (PROCESS, THREAD, NONE)} for size in ("tiny", memory_preset)
+        }
+        memory = {mode: pss[memory_preset][mode] - pss["tiny"][mode] for mode in (PROCESS, THREAD, NONE)}
         shared = share(load_base(preset=preset), Path(directory))
         base = shared.open()
         tpots: dict[str, list[float]] = {mode: [] for mode in (ALONE, *MODES)}
         steps: dict[str, list[float]] = {mode: [] for mode in MODES}
-        speeds: dict[str, list[float]] = {"static": [], "continuous": []}
+        speeds: list[dict[str, float]] = []
         for turn in range(rounds):
-            order = list(tpots) if turn % 2 == 0 else list(tpots)[::-1]
-            for mode in order:
+            for mode in list(tpots) if turn % 2 == 0 else list(tpots)[::-1]:
                 tpot, step = beside(base, shared, mode, count, new_tokens)
                 tpots[mode].append(tpot)
-                if step is not None:
-                    steps[mode].append(step)
-            for name, speed in throughputs(base, new_tokens).items():
-                speeds[name].append(speed)
+                steps.get(mode, []).extend([] if step is None else [step])
+            speeds.append(throughputs(base, new_tokens))
+        drawn = [policies(seed) for seed in range(1 if quick else 5)]
+        speed, policy = medians(speeds, 1), medians(drawn, 4)
         figures = {
             "preset": preset,
+            "memory_preset": memory_preset,
+            "memory_ratio_shared_vs_two": round(memory[PROCESS] / memory[NONE], 3),
+            "memory_ratio_thread_vs_two": round(memory[THREAD] / memory[NONE], 3),
+            "pss_ratio_shared_vs_two": round(pss[memory_preset][PROCESS] / pss[memory_preset][NONE], 3),
+            **{f"memory_mib_{mode}": round(mib, 1) for mode, mib in memory.items()},
             "base_mib": round(base_bytes(base) / 2**20, 1),
+            "continuous_vs_solo_tokens_per_s": round(speed["continuous"] / speed["solo"], 2),
+            "continuous_vs_static_tokens_per_s": round(speed["continuous"] / speed["static"], 2),
             **{f"tpot_ms_{mode}": round(statistics.median(values), 3) for mode, values in tpots.items()},
             **{f"step_ms_{mode}": round(statistics.median(values), 1) for mode, values in steps.items() if values},
-            **{f"tokens_per_s_{name}": round(statistics.median(values), 1) for name, values in speeds.items()},
+            **{f"tokens_per_s_{name}": value for name, value in speed.items()},
+            **policy,
         }
-        store("llm", figures, {"tpot_ms": tpots, "step_ms": steps, "tokens_per_s": speeds})
+        details = {"tpot_ms": tpots, "step_ms": steps, "tokens_per_s": speeds, "policies": drawn, "pss_mib": pss}
+        store("llm_quick" if quick else "llm", figures, details)
         last_line(figures)
 
 

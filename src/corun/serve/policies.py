@@ -63,13 +63,14 @@ class Ranking(NamedTuple):
 
 
 def request_ranking(item: Any) -> Ranking:
-    """A server's request: its service time taken proportional to its bytes, its deadline by its intended send time.
+    """A server's request: its service time taken proportional to its bytes, and the deadline it brought.
 
-    All requests of a service share one latency bound, so the earliest deadline is the earliest intended send time
-    (on the client's clock, which is the server's on one host); a request without one counts from its arrival.
+    Without deadlines all requests of a service share one latency bound, so the earliest is that of the earliest
+    intended send time (on the client's clock, which is the server's on one host), or else of the earliest arrival.
     """
     header, arrival_ns = item.header, item.stamps[1]
-    return Ranking(arrival_ns, max(1, header.payload_len), header.t_intended or arrival_ns)
+    deadline_ns = getattr(item, "deadline_ns", 0) or header.t_intended or arrival_ns
+    return Ranking(arrival_ns, max(1, header.payload_len), deadline_ns)
 
 
 View = Callable[[Any], Ranking]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.serve.tools import request, until
 
+from corun.clock import now_ns
 from corun.errors import InputError
 from corun.serve import policies
 from corun.serve.batcher import Batcher
@@ -187,3 +188,65 @@ def test_fifo_gives_back_what_it_got_in_order(items: list[int]) -> None:
     assert [policy.pop(0) for _ in items] == items
     with pytest.raises(IndexError):
         policy.pop(0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=st.sampled_from(["fifo", "sjf", "edf", "hrrn"]),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    place=st.integers(0, 11),
+)
+def test_a_request_taken_back_leaves_the_others_in_their_order(policy: str, sizes: list[int], place: int) -> None:
+    """Only the named request is removed; what remains comes out as it would have without it."""
+    now = now_ns()
+    requests = [request(b"x" * size, id, t_done=now - 1000 + id) for id, size in enumerate(sizes)]
+    connection = requests[0].connection
+    for one in requests:
+        one.connection = connection
+    place %= len(requests)
+    changed, plain = (RequestQueue(make_policy(policy), Batcher(), 100) for _ in range(2))
+    changed.offer(requests)
+    plain.offer([one for one in requests if one.header.id != place])
+    assert changed.cancel(connection, 0, place) == [requests[place]]
+    assert changed.cancel(connection, 0, place) == []
+    orders = [[one.header.id for one in queue.clear()] for queue in (changed, plain)]
+    assert orders[0] == orders[1]
+    changed.dispose()
+    plain.dispose()
+
+
+def test_what_is_being_answered_is_marked_and_not_removed() -> None:
+    """A taken request stays with who answers it; kept ones are in flight until they are released."""
+    source = RequestQueue(make_policy("fifo"), Batcher(), 10)
+    one = request()
+    source.offer([one])
+    assert source.take() == [one]
+    source.keep([one])
+    source.done()
+    assert (source.in_flight, source.idle) == (1, False)
+    assert source.cancel(one.connection, 0, one.header.id) == []
+    assert one.given_up
+    source.release(one)
+    assert (source.in_flight, source.idle) == (0, True)
+    source.dispose()
+
+
+def test_without_room_only_tasks_are_taken() -> None:
+    """A request keeps waiting while the engine is full; a task does not."""
+    source, one = RequestQueue(make_policy("fifo"), Batcher(), 10), request()
+    source.offer([one])
+    source.post(print)
+    assert source.take(requests=False) is print
+    assert len(source) == 1
+    assert source.take() == [one]
+    source.dispose()
+
+
+def test_edf_ranks_by_the_deadlines_requests_bring() -> None:
+    """The later arrival with the nearer deadline is served first."""
+    far, near = request(t_done=1), request(t_done=2)
+    far.deadline_ns, near.deadline_ns = 900, 300
+    source = RequestQueue(make_policy("edf"), Batcher(), 10)
+    source.offer([far, near])
+    assert source.take() == [near]
+    source.dispose()
