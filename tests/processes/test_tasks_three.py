@@ -20,7 +20,6 @@ from corun import registry
 from corun.tasks.monitor import history, log_names, log_tail
 from corun.tasks.store import Store
 from corun.tasks.supervisor import UpOptions, running
-from corun.testing.ask import Asker
 from corun.testing.drive import Drive, Outcomes, poisson_dues_ns
 
 IMAGE_TASK = {"kind": "classification", "weights": "random", "slo": "p99<=500"}
@@ -29,8 +28,9 @@ TASKS: tuple[dict[str, Any], ...] = (
     {"id": "shelves", "priority": 1, "models": ["squeezenet1_1:image_size=64"], **IMAGE_TASK},
     {"id": "meters", "priority": 0, "kind": "null", "models": ["null:service_ms=2"], "slo": "p99<=100"},
 )
+VICTIMS = {"process": "doors", "docker": "meters"}
 RATE = 15.0
-SECONDS = 8.0
+SECONDS = 6.0
 
 
 def payloads(task: dict[str, Any]) -> list[bytes]:
@@ -52,8 +52,8 @@ def poisson_load(up: Up) -> Iterator[dict[str, Drive]]:
 
 
 def kill(up: Up, runtime: str) -> str:
-    """End the only replica of the highest task as an accident would; its id."""
-    victim: str = up.live("doors")["replicas"][0]["id"]
+    """End the only replica of one task as an accident would; its id."""
+    victim: str = up.live(VICTIMS[runtime])["replicas"][0]["id"]
     if runtime == "process":
         os.kill(int(victim), signal.SIGKILL)
     else:
@@ -64,11 +64,13 @@ def kill(up: Up, runtime: str) -> str:
     return victim
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("runtime", ["process", "docker"])
 def test_three_tasks_survive_a_kill(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request is answered or counted as an error, the killed server is replaced, each task has its report."""
     if runtime == "docker":
         monkeypatch.setenv("DOCKER_HOST", engine_host())
+    hit = VICTIMS[runtime]
     registered = [{**values, "runtime": runtime} for values in TASKS]
     options = UpOptions(image=BASE_IMAGE, checkout=True, directory=tmp_path / "run")
     with Up(tmp_path, registered, options) as up:
@@ -78,15 +80,13 @@ def test_three_tasks_survive_a_kill(runtime: str, tmp_path: Path, monkeypatch: p
             time.sleep(SECONDS / 4)
             victim = kill(up, runtime)
             up.wait(lambda: "replica 0 was killed" in "".join(up.said) or "exited with 137" in "".join(up.said))
-            up.wait(lambda: up.all_ready() and up.live("doors")["replicas"][0]["id"] != victim)
+            up.wait(lambda: up.all_ready() and up.live(hit)["replicas"][0]["id"] != victim)
         outcomes = {name: drive.outcomes() for name, drive in drives.items()}
-        with Asker(up.address("doors")) as asker:
-            assert asker.ask(payloads(TASKS[0])[0]).status == 0
     assert up.fault is None
-    check_outcomes(outcomes)
+    check_outcomes(outcomes, hit)
     for values in TASKS:
         check_files(up, values["id"], outcomes[values["id"]])
-    report = json.loads((tmp_path / "run" / "doors.json").read_text())
+    report = json.loads((tmp_path / "run" / f"{hit}.json").read_text())
     assert report["replica_restarts"] == 1
     assert {"up", "start", "ready", "end"} <= {event["kind"] for event in report["events"]}
     assert running(up.store) is None
@@ -95,25 +95,23 @@ def test_three_tasks_survive_a_kill(runtime: str, tmp_path: Path, monkeypatch: p
         check_no_container_is_left(up.store)
 
 
-def check_outcomes(outcomes: dict[str, Outcomes]) -> None:
-    """Nothing is lost; the tasks whose servers lived have no error at all."""
+def check_outcomes(outcomes: dict[str, Outcomes], hit: str) -> None:
+    """Nothing is lost; the tasks whose servers lived have no error at all, the other one an answer for each request."""
     assert sum(one.lost for one in outcomes.values()) == 0
-    for name in ("shelves", "meters"):
-        assert set(outcomes[name].counts) == {"OK"}
-    assert set(outcomes["doors"].counts) <= {"OK", "NOT_LOADED", "FAILED", "EXPIRED"}
-    assert outcomes["doors"].counts["OK"] > 0
+    for name, one in outcomes.items():
+        assert set(one.counts) <= ({"OK", "NOT_LOADED", "FAILED", "EXPIRED"} if name == hit else {"OK"})
+        assert one.counts["OK"] > 0
 
 
 def check_files(up: Up, task: str, outcomes: Outcomes) -> None:
     """The report, the rows and the store all count what the client saw."""
     run = up.supervisor.directory
     report = json.loads((run / f"{task}.json").read_text())
-    extra = int(task == "doors")
-    sent = len(outcomes.status) + extra
+    sent = len(outcomes.status)
     assert report["received"] == sent
     assert sum(report["answered"].values()) == sent
     assert report["unanswered"] == 0
-    assert report["answered"]["ok"] == outcomes.counts["OK"] + extra
+    assert report["answered"]["ok"] == outcomes.counts["OK"]
     assert f"# {task}" in (run / f"{task}.md").read_text()
     with open(run / f"{task}.csv", newline="") as file:
         assert sum(int(row["received"]) for row in csv.DictReader(file)) == sent
