@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.processes.engine import BASE_IMAGE, engine_host
 from tests.processes.tools import ROOT, is_running, wait_until
 
 from corun.errors import InputError, RunFault
@@ -20,36 +20,12 @@ from corun.tasks.runtime import Handle, Limits, ReplicaSpec, Runtime
 from corun.testing.ask import Asker
 from corun.testing.host import FakeHost
 
-BASE_IMAGE = os.environ.get("CORUN_TEST_IMAGE", "corun-test:1")
-ENGINE = Path(os.environ.get("CORUN_TEST_ENGINE") or ROOT.parent / "shared" / "containers" / "start-engine")
-
-
-def _engine() -> str:
-    """DOCKER_HOST of an engine that answers: the environment's, or one that the engine script starts."""
-    import docker
-
-    tried = []
-    if os.environ.get("DOCKER_HOST"):
-        try:
-            with closing(docker.from_env(timeout=10)) as client:
-                client.ping()
-            return os.environ["DOCKER_HOST"]
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it is the reason to skip
-            tried.append(f"DOCKER_HOST does not answer: {error}")
-    if not (ENGINE.exists() and shutil.which("bash")):
-        pytest.skip("; ".join([*tried, "no container engine: set DOCKER_HOST, or CORUN_TEST_ENGINE to a script"]))
-    done = subprocess.run(["bash", str(ENGINE)], capture_output=True, text=True, timeout=110)
-    found = [line.partition("=")[2] for line in done.stdout.splitlines() if line.startswith("DOCKER_HOST=")]
-    if not found:
-        pytest.skip("; ".join([*tried, f"{ENGINE.name} started no engine: {(done.stderr or done.stdout)[-300:]}"]))
-    return found[0]
-
 
 @pytest.fixture(scope="module")
 def docker_host() -> Iterator[str]:
     """The engine of this module's tests, as DOCKER_HOST."""
     with pytest.MonkeyPatch.context() as patch:
-        host = _engine()
+        host = engine_host()
         patch.setenv("DOCKER_HOST", host)
         yield host
 

@@ -36,7 +36,12 @@ class Point:
     lost: int = 0
 
     def bound_ms(self, name: str) -> float:
-        """The percentile called `p99_ms`, or the next larger thing known: a higher percentile or the maximum."""
+        """The percentile called `p99_ms`, or the next larger thing known: a higher percentile or the maximum.
+
+        Infinite when nothing was answered.
+        """
+        if not self.n:
+            return math.inf
         if name != "max_ms":
             least = int(name.removeprefix("p").removesuffix("_ms"))
             for percentile in PERCENTILES:
@@ -78,8 +83,12 @@ class Profile:
         return tuple(sorted({point.max_batch for point in self.points}))
 
     def curve(self, max_batch: int, training: bool) -> tuple[Point, ...]:
-        """Its points with that batch limit, beside training or alone, by rate."""
-        chosen = [point for point in self.points if (point.max_batch, point.training) == (max_batch, training)]
+        """Its points with that batch limit, beside training or alone, by rate; windows without a request say nothing."""
+        chosen = [
+            point
+            for point in self.points
+            if (point.max_batch, point.training) == (max_batch, training) and (point.n or point.lost)
+        ]
         return tuple(sorted(chosen, key=lambda point: point.rate))
 
     def latency_ms(self, name: str, rate: float, max_batch: int = 1, training: bool = False) -> float | None:
@@ -123,6 +132,8 @@ def _at(rate: float, pairs: Sequence[tuple[float, float]]) -> float | None:
     for high_rate, value in pairs:
         high = max(low, value)
         if rate <= high_rate:
+            if math.isinf(high):
+                return high
             share = (rate - low_rate) / (high_rate - low_rate) if high_rate > low_rate else 1.0
             return low + (high - low) * share
         low_rate, low = high_rate, high

@@ -83,8 +83,8 @@ class Trainer:
 class Settings:
     """How a model is measured.
 
-    loads: rates as shares of the measured capacity; rates: requests/s instead of them. seconds: of each window.
-    rounds: warm-up batches of each size. trainer: None = only alone.
+    loads: rates as shares of the measured capacity; rates: requests/s instead of them. seconds: of each window, longer
+    where `least` requests would not come in that time. rounds: warm-up batches of each size. trainer: None = only alone.
     """
 
     device: str = "cpu"
@@ -94,6 +94,7 @@ class Settings:
     loads: tuple[float, ...] = (0.25, 0.5, 0.75)
     rates: tuple[float, ...] = ()
     seconds: float = 10.0
+    least: int = 20
     rounds: int = 10
     data: str = "sample"
     count: int = 16
@@ -141,7 +142,7 @@ class _Session:
         self._stop = stop
         self.points: list[Point] = []
         self.batch_ms: dict[int, float] = {}
-        self.cpu_ms: list[float] = []
+        self.cpu_s, self.requests = 0.0, 0
         self.rss_mib = 0.0
         self.gpu_mib: float | None = None
         self.slowdown: float | None = None
@@ -156,7 +157,7 @@ class _Session:
             threads=settings.threads,
             points=tuple(self.points),
             batch_ms=dict(sorted(self.batch_ms.items())),
-            cpu_ms=statistics.median(self.cpu_ms) if self.cpu_ms else 0.0,
+            cpu_ms=1000 * self.cpu_s / max(self.requests, 1),
             rss_mib=self.rss_mib,
             gpu_mib=self.gpu_mib,
             weights=settings.weights or "random",
@@ -199,7 +200,8 @@ class _Session:
             before, begin = server.usage().cpu_s, now_ns()
             point = self._point(server, rate, max_batch, training=steps is not None)
             self.points.append(point)
-            self.cpu_ms.append(1000 * (server.usage().cpu_s - before) / max(point.n + point.lost, 1))
+            self.cpu_s += server.usage().cpu_s - before
+            self.requests += point.n
             self._note_use(server)
             if steps is not None and alone:
                 beside = _steps_per_s(steps, begin, now_ns())
@@ -216,6 +218,7 @@ class _Session:
 
     def _point(self, server: Handle, rate: float, max_batch: int, training: bool) -> Point:
         settings = self.settings
+        seconds = max(settings.seconds, settings.least / rate)
         self._clients += 1
         out = self.folder / f"client-{self._clients}"
         given: dict[str, Any] = {
@@ -223,7 +226,7 @@ class _Session:
             "--port": server.address.port,
             "--name": SERVICE,
             "--rate": rate,
-            "--duration": settings.seconds,
+            "--duration": seconds,
             "--seed": settings.seed + self._clients,
             "--data": settings.data,
             "--count": settings.count,
@@ -238,7 +241,7 @@ class _Session:
         if not files or not server.alive():
             why = last_words(read_tail(self.folder / f"client-{self._clients}.log"))
             raise RunFault(f"{self.model} could not be measured at {rate:g}/s: {why}; server {server.how_it_ended()}")
-        return point_of(read_table(files[0], _CLIENT), rate, settings.seconds, max_batch, training)
+        return point_of(read_table(files[0], _CLIENT), rate, seconds, max_batch, training)
 
     @contextmanager
     def _server(self, max_batch: int) -> Iterator[Handle]:

@@ -75,6 +75,15 @@ def test_curves_are_kept_apart() -> None:
     assert known.top_rate(4, training=True) is None
 
 
+def test_a_window_without_a_request_is_no_evidence() -> None:
+    """Nothing asked says nothing; asked and nothing answered is the worst latency there is."""
+    silent = profile(Point(rate=1, n=0, mean_ms=0, max_ms=0))
+    assert silent.latency_ms("p99_ms", 1) is None
+    assert silent.top_rate(1, training=False) is None
+    dead = profile(Point(rate=1, n=0, mean_ms=0, max_ms=0, lost=5))
+    assert dead.latency_ms("p99_ms", 1) == math.inf
+
+
 def test_live_figures_move_a_profile_the_more_the_more_requests_there_were() -> None:
     """A service twice as slow as profiled doubles the profile in the end, hardly moves it at first."""
     known = profile(point(10, 8), point(20, 16))
