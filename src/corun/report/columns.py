@@ -56,6 +56,7 @@ FILES = (
     File("processes.jsonl", "role, name and pid of every process, as the profiler followed them"),
     File("profiler.json", "what the profiler could read on this machine and why not the rest; units of the extra columns"),
     File("logs/<role>-<name>.log", "what each process printed"),
+    File("nodes/<node>/", "profile.csv, process.csv, gpu.csv and profiler.json of every other node of a cluster (docs/cluster.md)"),
 )  # fmt: skip
 
 
