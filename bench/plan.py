@@ -43,7 +43,7 @@ QUICK_MODELS = ("mobilenet_v3_small", "squeezenet1_1", "resnet18", "mnasnet0_5")
 JOB = Job("resnet18", 16)
 LARGEST = 4
 PERCENTILE = 90.0
-RATE = 20.0
+RATE = 24.0
 SIZE, TRAIN_SIZE = 96, 32
 MEMORY_MARGIN = 0.05
 SHARE_OF_RUNS = 0.25
@@ -78,7 +78,7 @@ class Answered:
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="4 models, one policy, short windows, few cases")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="length of a window; 0 = 3, or 2 with --quick")] = 0.0,
+    seconds: Annotated[float, typer.Option(min=0, help="length of a window; 0 = 2.5, or 2 with --quick")] = 0.0,
     cases: Annotated[int, typer.Option(min=0, help="0 = 60, or 20 with --quick")] = 0,
 ) -> None:
     """Measure all sets, let the planner answer, store bench/results/plan.json, print one JSON object last."""
@@ -88,7 +88,7 @@ def main(
         setup = Setup(
             threads=1,
             trainer_threads=trainer_threads(None, 1),
-            seconds=seconds or (2.0 if quick else 3.0),
+            seconds=seconds or (2.0 if quick else 2.5),
             image_size=SIZE,
             train_image_size=TRAIN_SIZE,
             data="synthetic",

@@ -24,6 +24,8 @@ from corun.run.config import Pair
 from corun.run.directory import RunDirectory, result_root, run_id
 from corun.share.host import Host
 
+WIDTH = 116
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -87,6 +89,7 @@ def _run(question: Question, setup: Setup, options: Options, json_: bool) -> int
     from corun.report.console import console_for
 
     console = console_for(stderr=json_)
+    console.width = console.width if console.is_terminal else WIDTH
     with StopSignal() as stop:
 
         def measure(pair: Pair) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def _run(question: Question, setup: Setup, options: Options, json_: bool) -> int
         outcome = run(question, setup, options, Programs(Stages, measure, free_port, say, lambda: stop.requested))
     if json_:
         print(json.dumps(as_json(question, outcome.results, outcome.best, outcome.planner)), flush=True)
-    show(console, question, outcome.results, outcome.best, outcome.planner)
+    show(console, question, outcome.results, outcome.best, outcome.planner, outcome.interrupted)
     return outcome.exit_code
 
 

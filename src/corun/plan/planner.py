@@ -136,8 +136,9 @@ class Planner:
         """Each model by itself, at its rate and, where the machine's ladder has one, at a high load."""
         for candidate in self._distinct():
             window = self.window(alone_condition(candidate), 0)
-            if window.fault:
-                self.unfit[candidate.model] = window.fault
+            answered = any(sample.services_ms for sample in window.samples)
+            if window.fault or not answered:
+                self.unfit[candidate.model] = window.fault or f"no request was answered in {window.seconds:g} s"
                 continue
             high = self._high_rate(candidate, window)
             if high:
@@ -217,6 +218,7 @@ class Planner:
             for window in self.profile.windows()
             if not window.fault and {model for model, _ in window.condition.loads} <= able
         ]
+        windows = [one for one in windows if all(sample.services_ms for sample in one.samples)]
         alone = [window for window in windows if not window.condition.job and len(window.condition.loads) == 1]
         under = [window for window in windows if window.condition.job == job and window.condition.loads]
         mine = [window for window in under if not job or window.condition.policy == policy]

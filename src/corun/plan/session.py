@@ -109,10 +109,12 @@ def run(question: Question, setup: Setup, options: Options, programs: Programs) 
                 results.append(Result(answer))
                 stages.close()
             if options.validate:
-                results = [_validated(result, question, setup, options, programs, planner) for result in results]
+                for place, result in enumerate(results):
+                    results[place] = _validated(result, question, setup, options, programs, planner)
+            interrupted = False
         except _Interrupted:
-            return Outcome(tuple(results), None, planner, True)
-    return Outcome(tuple(results), best([result.answer for result in results], question), planner)
+            interrupted = True
+    return Outcome(tuple(results), best([result.answer for result in results], question), planner, interrupted)
 
 
 def describe(question: Question, setup: Setup, options: Options) -> Iterator[str]:

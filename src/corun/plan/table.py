@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,14 +42,19 @@ class Result:
 
 
 def show(
-    console: Console, question: Question, results: Sequence[Result], best: Answer | None, planner: Planner
+    console: Console,
+    question: Question,
+    results: Sequence[Result],
+    best: Answer | None,
+    planner: Planner,
+    interrupted: bool = False,
 ) -> None:
     """Print the table, what it rests on, and the plan that serves the goal."""
     slo = question.slo
     job = question.job.label if question.job else "no training"
-    table = Table(title=f"{job} + services, {slo} each", title_justify="left")
+    table = Table(title=f"{job} + services, {slo} each", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("policy", "service"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in ("rate /s", "can take", f"predicted {slo.name} ms", "validated", "training x", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
@@ -63,8 +69,11 @@ def show(
     disturbed = planner.disturbed()
     if disturbed:
         count, cores = disturbed
-        console.print(f"[yellow]others used up to {cores:.1f} cores in {count} of the windows[/]", highlight=False)
-    if best:
+        told = f"others used up to {cores:.1f} cores in {count} of the windows; --fresh measures again"
+        console.print(f"[yellow]{told}[/]", highlight=False)
+    if interrupted:
+        console.print("[bold]interrupted[/]; started again it goes on where it stopped", highlight=False)
+    elif best:
         names = ", ".join(place.candidate.name for place in best.places)
         console.print(f"[bold]best for {question.goal}:[/] {best.policy} with {names}", highlight=False)
     else:

@@ -116,6 +116,15 @@ def test_a_model_that_cannot_run_alone_is_left_out() -> None:
     assert {place.candidate.name for place in answers["idle"].places} == set(NAMES) - {"c"}
 
 
+def test_nothing_that_can_run_is_an_answer_too() -> None:
+    """Too few requests to say anything, or no model that starts: nothing fits, with the reason, and no traceback."""
+    silent = _zoo(seconds=1e-6)
+    for answer in _answers(_planner(silent, 400.0)).values():
+        assert answer.places == ()
+        assert "no request was answered" in answer.blocked
+    assert best(list(_answers(_planner(_zoo(limit_mib=1.0), 400.0)).values()), _planner(silent, 1.0).question) is None
+
+
 def test_a_refuted_plan_is_not_made_again() -> None:
     """After a validation that missed, the set and all larger ones are out."""
     planner = _planner(_zoo(), 400.0)
