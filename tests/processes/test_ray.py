@@ -299,7 +299,7 @@ runtime.close()
 
 
 def test_replicas_of_the_control_plane_run_on_nodes(cluster: Cluster, free_port: Ports) -> None:
-    """The runtime `ray` starts, watches, stops and kills a replica on another node as the runtime `process` does here."""
+    """A replica on another node is started, watched, stopped and killed as the runtime `process` does it here."""
     done = subprocess.run(
         [*cluster.clients.prefix, sys.executable, "-c", REPLICAS, json.dumps(_launch(cluster)), str(free_port())],
         env={**os.environ, **cluster.environment, "PYTHONPATH": str(SRC)},

@@ -1,8 +1,10 @@
-"""Replicas of the control plane on the nodes of a Ray cluster: the runtime `ray`, beside `process` and `docker`.
+"""Replicas of the control plane on the nodes of a Ray cluster: the runtime `process`, elsewhere.
 
     runtime = RayRuntime(Launch(backend="ray", address="10.0.0.1:6379", placement=...))
     handle = runtime.start(spec)         replica k on the k-th node that fits "server", round about
     runtime.close()                      everything it started ends, and so it does with this process
+
+    Supervisor(store, options, runtimes=placed(launch, make_runtime))      tasks of runtime `process` go to the nodes
 
 Each node's agent starts a replica as the runtime `process` does there, with the limits of that node; requests go
 straight to the node's address. A node that is lost is a replica that ended, so whoever supervises starts another one,
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
@@ -23,10 +26,11 @@ from corun.launch.placement import place
 from corun.launch.ray_cluster import Agent, NodeLost
 from corun.launch.ray_crew import wants
 from corun.run.launching import Launch
-from corun.tasks.runtime import ReplicaSpec, Usage, answers
+from corun.tasks.runtime import ReplicaSpec, Runtime, Usage, answers
 from corun.wire.sockets import Address
 
 LOOK_EVERY_S: Final = 0.1
+ON_NODES: Final = "process"
 NODES: Final = 1000
 
 
@@ -69,6 +73,15 @@ class RayRuntime:
                 agent.call("remove")
             agent.end()
         self._agents = {}
+
+
+def placed(launch: Launch, here: Callable[[str], Runtime]) -> Callable[[str], Runtime]:
+    """Makes runtimes by name: `process` on the cluster `launch` asks for, anything else (and all without one) `here`."""
+
+    def make(name: str) -> Runtime:
+        return RayRuntime(launch) if name == ON_NODES and not launch.local else here(name)
+
+    return make
 
 
 class RayHandle:
@@ -137,4 +150,4 @@ class RayHandle:
         return self._used
 
 
-__all__ = ["RayHandle", "RayRuntime"]
+__all__ = ["RayHandle", "RayRuntime", "placed"]
