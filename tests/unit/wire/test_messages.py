@@ -39,7 +39,7 @@ MESSAGES: list[Message] = [
     Drain(250),
     Stop("done"),
 ]
-CONTROL = sorted(set(Kind) - {Kind.INFER, Kind.REPLY})
+CONTROL = sorted(set(Kind) - {Kind.INFER, Kind.REPLY, Kind.CANCEL})
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
@@ -49,7 +49,7 @@ def test_a_message_comes_back_as_it_was_sent(message: Message) -> None:
 
 
 def test_every_control_kind_has_a_message() -> None:
-    """No frame kind but INFER and REPLY is without a message, and no message without a kind."""
+    """No frame kind but INFER, REPLY and CANCEL is without a message, and no message without a kind."""
     assert sorted(kind_of(message) for message in MESSAGES) == CONTROL
 
 
