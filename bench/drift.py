@@ -18,6 +18,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,13 +205,14 @@ def reduced(run: Run, plan: Plan) -> dict[str, Any]:
         "recovery_s": recovery_s(seen, plan.shift_s, levels["acc_before"], levels["acc_shifted"]),
         "p99_x_during_swap": tails["p99_x_during_swap"],
         "failed": int((table["status"] != "OK").sum()),
+        "failed_during_swap": int(np.isinf(seen.ms[around(seen.due_s, swaps)[0]]).sum()),
         "swaps": len(swaps),
         "rollbacks": events(run, "server", "rollback"),
         "refused": events(run, "server", "refused"),
         "details": {
             **tails,
             "swaps_s": [round(second, 3) for second in swaps],
-            "requests": len(table["id"]),
+            "requests": dict(Counter(table["status"].tolist())),
             "accuracy_after_shift": share(seen.right[seen.due_s >= plan.shift_s]),
             "train_steps": int(inside.sum()),
             "p99_ms": percentile_of(seen.ms, 99),
@@ -237,6 +239,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="two policies, 30 s each")] = False,
+    weights: Annotated[Path | None, typer.Option(help="checkpoint to start from instead of pretraining")] = None,
     policies: Annotated[str, typer.Option(help=f"of {', '.join(SPECS)}")] = "",
 ) -> None:
     """Accuracy through a shift and publication, and the tail through swaps, by sharing policy."""
@@ -245,7 +248,7 @@ def main(
         chosen = policies.split(",") if policies else ["none", "idle"] if quick else ["none", "idle", "preempt"]
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="corun-drift-") as name:
-            weights = pretrain(Path(name), plan.pretrain_steps)
+            weights = weights.resolve() if weights else pretrain(Path(name), plan.pretrain_steps)
             found = {policy: measure(policy, weights, plan, Path(name)) for policy in chosen}
         details = {policy: figures.pop("details") for policy, figures in found.items()}
         for policy, figures in found.items():
@@ -263,7 +266,7 @@ def _sentence(figures: dict[str, Any]) -> str:
         f"accuracy {shown(figures['acc_before'])} before, {shown(figures['acc_shifted'])} after the shift, "
         f"{shown(figures['acc_recovered'])} at the end, regained after {shown(figures['recovery_s'], ' s')}; "
         f"{figures['swaps']} swaps, p99 around them {shown(figures['p99_x_during_swap'], 'x')} of beside them; "
-        f"{figures['failed']} failed"
+        f"{figures['failed']} failed, {figures['failed_during_swap']} of them around swaps"
     )
 
 
