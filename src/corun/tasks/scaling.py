@@ -101,9 +101,9 @@ def decide(rule: ScalingRule, observations: Sequence[Observation]) -> Decision:
 
 
 def _needed(rule: ScalingRule, look: Observation, target: float) -> int:
-    """Replicas for one look's load at `target` busy; what cannot be reckoned yet asks for what there is."""
+    """Replicas for one look's load at `target` busy; a load that cannot be reckoned yet asks for what there is."""
     if look.service_s is None:
-        return max(look.replicas, 1 if look.rate or look.waiting else 0)
+        return max(look.replicas, 1) if look.rate or look.waiting else 0
     needed = math.ceil(look.load * look.service_s / target + look.waiting * look.service_s / rule.drain_s - 1e-9)
     busy = look.rate * look.service_s / max(look.replicas, 1)
     if look.late_share > rule.late_share and busy > rule.low:

@@ -167,6 +167,7 @@ def test_a_task_without_load_may_have_no_replica_and_gets_one_with_the_first_req
     """With least = 0 an idle task scales to zero, and a waiting request is enough to come back."""
     rule = ScalingRule(0, 2, up_after_s=0, down_after_s=10)
     assert decide(rule, [look(second, 0, 1) for second in range(20)]).replicas == 0
+    assert decide(rule, [Observation(second, 0, 1) for second in range(20)]).replicas == 0
     assert decide(rule, [Observation(0, 0, 0, waiting=1)]).replicas == 1
 
 
