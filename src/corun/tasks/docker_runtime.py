@@ -30,6 +30,7 @@ from corun.errors import InputError, RunFault
 from corun.registry import home
 from corun.tasks.machine import MIB, cpu_and_memory, family_of, gpu_mib_of
 from corun.tasks.runtime import ReplicaSpec, Usage, answers, last_words, server_command, server_flags, tail_of
+from corun.tasks.variant import Variant
 from corun.wire.sockets import Address
 
 IMAGE: Final = "corun:latest"
@@ -129,8 +130,9 @@ class DockerRuntime:
         if spec.out is not None:
             spec.out.mkdir(parents=True, exist_ok=True)
             volumes[str(spec.out.resolve())] = {"bind": str(spec.out), "mode": "rw"}
-        if spec.weights and os.sep in spec.weights:
-            volumes.setdefault(str(Path(spec.weights).resolve()), {"bind": spec.weights, "mode": "ro"})
+        for weights in (spec.weights, Variant.parse(spec.model).options.get("weights")):
+            if weights and os.path.isabs(weights):
+                volumes.setdefault(weights, {"bind": weights, "mode": "ro"})
         settings: dict[str, Any] = {
             "image": self.source.image,
             "command": argv,
@@ -145,10 +147,9 @@ class DockerRuntime:
             settings["nano_cpus"] = round(limits.cpu * NANO)
         if limits.memory_mib is not None:
             settings["mem_limit"] = round(limits.memory_mib * MIB)
-        if limits.gpu is not None:
-            settings["device_requests"] = [
-                docker.types.DeviceRequest(device_ids=[str(limits.gpu)], capabilities=[["gpu"]])
-            ]
+        gpu = 0 if limits.gpu is None and spec.device.startswith("cuda") else limits.gpu
+        if gpu is not None:
+            settings["device_requests"] = [docker.types.DeviceRequest(device_ids=[str(gpu)], capabilities=[["gpu"]])]
             settings["environment"] = {
                 name: text for name, text in environment.items() if name != "CUDA_VISIBLE_DEVICES"
             }

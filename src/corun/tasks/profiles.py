@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -31,7 +32,7 @@ import numpy as np
 
 from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import InputError, RunFault
-from corun.process import thread_environment
+from corun.process import die_with_parent, thread_environment
 from corun.registry import home
 from corun.run.config import digest
 from corun.run.directory import hardware, result_root, versions, write_json
@@ -297,7 +298,7 @@ class _Session:
 
     @contextmanager
     def _process(self, argv: list[str], log: Path, threads: int) -> Iterator[subprocess.Popen[bytes]]:
-        """A child in its own process group that does not outlive this."""
+        """A child in its own process group that does not outlive this, whatever ends it."""
         environment = {**os.environ, **thread_environment(threads), "PYTHONPATH": str(home() / "src")}
         with open(log, "wb") as output:
             popen = subprocess.Popen(
@@ -308,6 +309,7 @@ class _Session:
                 cwd=home(),
                 env=environment,
                 process_group=0,
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         try:
             yield popen

@@ -29,8 +29,12 @@ def offered(store: Store, training: bool, cores: float | None, memory_mib: float
     free = machine.capacity(training, cores, memory_mib)
     if memory_mib is not None:
         return free
-    held = sum(replica.rss_mib or 0.0 for task in store.all() for replica in store.replicas(task.id))
-    return Capacity(free.cores, free.memory_mib + held, free.gpu_mib, training)
+    replicas = [replica for task in store.all() for replica in store.replicas(task.id)]
+    held_mib = sum(replica.rss_mib or 0.0 for replica in replicas)
+    gpus_mib = sorted(free.gpu_mib, reverse=True)
+    if gpus_mib:
+        gpus_mib[0] += sum(replica.gpu_mib or 0.0 for replica in replicas)
+    return Capacity(free.cores, free.memory_mib + held_mib, tuple(gpus_mib), training)
 
 
 class Context:

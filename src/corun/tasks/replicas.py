@@ -137,6 +137,11 @@ class ReplicaSet:
         known = [place.usage.rss_mib for place in self.places.values() if place.usage.rss_mib is not None]
         return sum(known) if known else None
 
+    @property
+    def gpu_mib(self) -> float | None:
+        known = [place.usage.gpu_mib for place in self.places.values() if place.usage.gpu_mib is not None]
+        return sum(known) if known else None
+
     def rows(self) -> list[store.Replica]:
         """As kept in the store."""
         return [

@@ -345,7 +345,12 @@ class Service:
         latencies_ms = [latency / MS_PER_S for latency in span.latencies_us]
         self.demand.observe(span.received)
         statistics = Statistics.of(
-            latencies_ms, errors=span.errors, span_s=took_s, cpu_s=spent_s, rss_mib=self.replicas.rss_mib
+            latencies_ms,
+            errors=span.errors,
+            span_s=took_s,
+            cpu_s=spent_s,
+            rss_mib=self.replicas.rss_mib,
+            gpu_mib=self.replicas.gpu_mib,
         )
         self._rows.row(self._row(span, latencies_ms, took_s, spent_s))
         with contextlib.suppress(InputError):  # the task was just removed from the store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -97,6 +98,8 @@ def make(**values: Any) -> Task:
     problems += wrong
     if "id" in values and not wrong:
         values["models"] = tuple(values.get("models", ()))
+        if values.get("weights", RANDOM) not in (RANDOM, DEFAULT_WEIGHTS):
+            values["weights"] = os.path.abspath(os.path.expanduser(values["weights"]))
         task = Task(**values)
         problems += check(task)
         if not problems:
@@ -143,6 +146,8 @@ def check(task: Task) -> list[str]:
         )
         if value not in known
     ]
+    if task.weights not in (RANDOM, DEFAULT_WEIGHTS) and not os.path.isfile(task.weights):
+        problems.append(f"weights: there is no file {task.weights}; give default, random or a state dict file")
     if not 0 <= task.min_replicas <= task.max_replicas <= MAX_REPLICAS or task.max_replicas < 1:
         given = f"{task.min_replicas} to {task.max_replicas}"
         problems.append(f"replicas: {given} is no range; give 0 <= least <= most <= {MAX_REPLICAS}, most 1 or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from corun.errors import InputError
 from corun.tasks.cgroups import box
 from corun.tasks.docker_runtime import DockerRuntime, Source
+from corun.tasks.health import address_in
 from corun.tasks.runtime import Backoff, Limits, ReplicaSpec, last_words, server_command, tail_of
 from corun.tasks.runtimes import make_runtime
 from corun.testing.host import FakeHost
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def spec(**values: object) -> ReplicaSpec:
@@ -185,6 +189,52 @@ def test_a_container_gets_image_mounts_and_limits(tmp_path: Path) -> None:
     assert settings["image"] == "base:1"
     assert all(bind["mode"] == "ro" for bind in settings["volumes"].values())
     assert settings["network_mode"] == "host"
+
+
+def test_a_gpu_task_and_its_weights_reach_the_container() -> None:
+    """A replica on CUDA gets a device without being told which; a weights file is mounted where it lies."""
+    runtime = DockerRuntime(client=_Client())
+    settings = runtime.settings(spec(device="cuda", weights="/data/a.pt", model="resnet18:weights=/data/b.pt"))
+    assert settings["device_requests"][0]["DeviceIDs"] == ["0"]
+    assert {path: bind["bind"] for path, bind in settings["volumes"].items()} == {
+        "/data/a.pt": "/data/a.pt",
+        "/data/b.pt": "/data/b.pt",
+    }
+
+
+# The Dockerfile
+
+
+def test_the_dockerfile_copies_what_is_there_and_runs_what_it_copied() -> None:
+    """Each COPY source exists and is let through by .dockerignore; commands name files and modules of the project."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    allowed = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"
+    }
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert source in allowed, source
+    commands = [json.loads(line[line.index("[") :]) for line in lines if "CMD [" in line]
+    assert ["python", "-m", "corun.tasks.health"] in commands
+    assert (ROOT / "src/corun/tasks/health.py").exists()
+    for command in commands:
+        assert all((ROOT / word).exists() for word in command if word.endswith(".py"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "address"),
+    [
+        (["python", "src/server.py", "--host", "0.0.0.0", "--port", "54100"], "127.0.0.1:54100"),
+        (["python", "src/server.py", "--port", "7", "--model", "null"], "127.0.0.1:7"),
+        (["python", "src/server.py"], "127.0.0.1:54100"),
+        (["python", "src/server.py", "--address", "unix:/tmp/a.sock"], "unix:/tmp/a.sock"),
+    ],
+)
+def test_a_container_finds_the_server_it_runs(argv: list[str], address: str) -> None:
+    """The image's health check asks where the server's own command line says it listens."""
+    assert str(address_in(argv)) == address
 
 
 def test_mounts_do_not_repeat_what_another_one_holds() -> None:

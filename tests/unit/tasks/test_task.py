@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -104,6 +105,15 @@ def test_no_input_whatever_is_a_traceback(values: dict[str, object]) -> None:
     with suppress(InputError):
         task = make(**values)
         assert Task.from_json(task.to_json()) == task
+
+
+def test_a_weights_file_is_kept_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `up` is started must not matter; a file that is not there is told at once."""
+    (tmp_path / "mine.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert make(id="a", weights="mine.pt").weights == str(tmp_path / "mine.pt")
+    with pytest.raises(InputError, match="there is no file"):
+        make(id="a", weights="other.pt")
 
 
 # Variants
