@@ -37,6 +37,7 @@ from corun.plan.estimate import percentile_of
 from corun.plan.measured import Condition, Profile, Window, sojourns
 from corun.plan.planner import Machine, Planner
 from corun.plan.question import Candidate, Job, Question, Slo, make_candidates
+from corun.share.foreign import DIRTY_CORES
 
 MODELS = ("mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "resnet18", "mnasnet0_5", "yolov5n")
 QUICK_MODELS = ("mobilenet_v3_small", "squeezenet1_1", "resnet18", "mnasnet0_5")
@@ -46,6 +47,7 @@ PERCENTILE = 90.0
 RATE = 24.0
 SIZE, TRAIN_SIZE = 96, 32
 MEMORY_MARGIN = 0.05
+DRAIN_S = 5.0
 SHARE_OF_RUNS = 0.25
 QUICK_PROBES = 3
 SHARE_OF_WINDOW = 0.2
@@ -112,8 +114,14 @@ def main(
             "answers": [asdict(one) for one in answered],
             "windows": [raw(window) for window in measured.windows()],
         }
+        disturbed = [window for window in measured.windows() if window.foreign_cores > DIRTY_CORES]
+        details["disturbed_windows"] = len(disturbed)
         store("plan_quick" if quick else "plan", figures, details)
         print(table(answered), flush=True)
+        if disturbed:
+            print(
+                f"others used the machine in {len(disturbed)} of {len(measured)} windows: measure again when it is quiet"
+            )
         last_line(figures)
 
 
@@ -129,7 +137,14 @@ def measure_everything(candidates: Sequence[Candidate], policies: Sequence[str],
     profile = Profile()
 
     def pair_of(policy: str, names: Sequence[str]) -> Any:
-        return cell(question, setup, policy, [by_name[name] for name in names], port=free_port(len(names)))
+        return cell(
+            question,
+            setup,
+            policy,
+            [by_name[name] for name in names],
+            port=free_port(len(names)),
+            drain_timeout_s=DRAIN_S,
+        )
 
     with Stages(pair_of, (), 1, setup.seconds) as stages:
 
