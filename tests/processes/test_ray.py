@@ -32,6 +32,8 @@ SERVICES = [
     {"arch": "null", "name": "second", "rate": 20, "image_size": 32, "count": 4},
 ]
 S = 1_000_000_000
+SLACK_NS = S // 10
+"""Far more than any clock bound of a busy machine, far less than the offset that was set."""
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +151,14 @@ def _check_rows(run: Path, manifest: dict[str, Any]) -> None:
         assert {(row["arm"], row["id"]) for row in clients} == {(row["arm"], row["id"]) for row in servers}
         for row in clients:
             begin, end = windows[int(row["segment"])]
-            assert begin <= int(row["t_intended_ns"]) <= end
+            assert begin - SLACK_NS <= int(row["t_intended_ns"]) <= end + SLACK_NS
             stamps = [int(row[key]) for key in ("t_tx_start_ns", "s_rx_first_ns", "s_tx_ns", "t_rx_ns")]
-            assert all(later - earlier > -5_000_000 for earlier, later in itertools.pairwise(stamps))
+            assert all(later - earlier > -SLACK_NS for earlier, later in itertools.pairwise(stamps))
         for row in servers:
-            assert windows[int(row["segment"])][0] <= int(row["s_rx_done_ns"])
+            assert windows[int(row["segment"])][0] - SLACK_NS <= int(row["s_rx_done_ns"])
     for row in _rows(run / "train.csv"):
         begin, end = windows[int(row["segment"])]
-        assert begin <= int(row["t_start_ns"]) <= end
+        assert begin - SLACK_NS <= int(row["t_start_ns"]) <= end + SLACK_NS
     for name in ("profile.csv", "nodes/clients-node/profile.csv"):
         for row in (row for row in _rows(run / name) if row["segment"]):
             begin, end = windows[int(row["segment"])]
