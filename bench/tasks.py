@@ -70,14 +70,14 @@ class Plan:
 
     rounds: int = 9
     round_s: float = 0.3
-    steady_s: float = 30.0
-    kill_s: float = 20.0
+    steady_s: float = 20.0
+    kill_s: float = 15.0
     low_s: float = 5.0
     high_s: float = 15.0
     after_s: float = 16.0
     models: tuple[str, ...] = CANDIDATES
-    profile_s: float = 11.0
-    truth_s: float = 18.0
+    profile_s: float = 12.0
+    truth_s: float = 14.0
 
 
 QUICK = Plan(5, 0.15, 11.0, 11.0, 3.0, 8.0, 12.0, CANDIDATES[1:3], 5.0, 11.0)
@@ -225,8 +225,8 @@ def scaling(plan: Plan, low: float = 10.0, high: float = 180.0) -> tuple[Outcome
 # The choice
 
 
-def regret_pct(plan: Plan) -> tuple[float, dict[str, Any]]:
-    """Regret of the choice in percent, and everything it came from."""
+def regret_pct(plan: Plan) -> tuple[float | None, dict[str, Any]]:
+    """Regret of the choice in percent, and everything it came from; None when nothing kept the promise or was chosen."""
     task = tasks.make(id=TASK, models=list(plan.models), slo=SLO, rate=RATE)
     say = lambda line: print(f"  {line}", flush=True)  # noqa: E731
     table = QualityTable()
@@ -245,7 +245,7 @@ def regret_pct(plan: Plan) -> tuple[float, dict[str, Any]]:
     value = 0.0
     if choice.model:
         value = quality[choice.model] * (1.0 if kept[choice.model] else _in_time(truth[choice.model]))
-    regret = 100 * max(0.0, 1 - value / best) if best else 0.0
+    regret = 100 * max(0.0, 1 - value / best) if best else None if choice.model is None else 100.0
     details = {
         "chosen": choice.model,
         "why": choice.why,
