@@ -106,7 +106,9 @@ def test_a_specification_file_is_the_root(tmp_path: Path) -> None:
     """`drift:/path` reads it; count and seed in it win, so that every process makes the same requests."""
     path = tmp_path / "drift.json"
     path.write_text(json.dumps({"shift_at": 2, "corruption": "blur", "count": 5, "seed": 9}))
-    one, other = (registry.request_payloads(f"drift:{path}", DataOptions(image_size=28, seed=seed)) for seed in (0, 1))
+    one, other = (
+        registry.request_payloads(f"drift:{path}", DataOptions(image_size=28, seed=seed)) for seed in (0, 1)
+    )
     assert [payload.data for payload in one] == [payload.data for payload in other]
     assert len(one) == 5
 
