@@ -81,7 +81,7 @@ class ServiceOptions:
 
 
 class Pending:
-    """What the server keeps of an admitted request."""
+    """What the server keeps of an admitted request; the stamps are those of its package that came back first."""
 
     __slots__ = ("answers", "connection", "dec0_ns", "enc0_ns", "enc1_ns", "header", "sentences", "t_first_ns")
 
@@ -339,9 +339,8 @@ class Service:
             item = package.items[place]
             pending: Pending = item.owner.payload
             pending.answers[item.index] = ids
-            pending.enc0_ns = pending.enc0_ns or answers.enc0_ns
-            pending.enc1_ns = max(pending.enc1_ns, answers.enc1_ns)
-            pending.dec0_ns = pending.dec0_ns or answers.dec0_ns
+            if not pending.enc0_ns:
+                pending.enc0_ns, pending.enc1_ns, pending.dec0_ns = answers.enc0_ns, answers.enc1_ns, answers.dec0_ns
             items.append(item)
         if answers.last:
             taken_ns = answers.enc1_ns - answers.enc0_ns + answers.dec1_ns - answers.dec0_ns
