@@ -193,10 +193,9 @@ def main(
         import torch
 
         torch.set_num_threads(1)
-        pss = {
-            size: {mode: held_mib(size, mode) for mode in (PROCESS, THREAD, NONE)} for size in ("tiny", memory_preset)
-        }
-        memory = {mode: pss[memory_preset][mode] - pss["tiny"][mode] for mode in (PROCESS, THREAD, NONE)}
+        compared = (PROCESS, NONE) if quick else (PROCESS, THREAD, NONE)
+        pss = {size: {mode: held_mib(size, mode) for mode in compared} for size in ("tiny", memory_preset)}
+        memory = {mode: pss[memory_preset][mode] - pss["tiny"][mode] for mode in compared}
         shared = share(load_base(preset=preset), Path(directory))
         base = shared.open()
         tpots: dict[str, list[float]] = {mode: [] for mode in (ALONE, *MODES)}
@@ -214,7 +213,7 @@ def main(
             "preset": preset,
             "memory_preset": memory_preset,
             "memory_ratio_shared_vs_two": round(memory[PROCESS] / memory[NONE], 3),
-            "memory_ratio_thread_vs_two": round(memory[THREAD] / memory[NONE], 3),
+            **({} if quick else {"memory_ratio_thread_vs_two": round(memory[THREAD] / memory[NONE], 3)}),
             "pss_ratio_shared_vs_two": round(pss[memory_preset][PROCESS] / pss[memory_preset][NONE], 3),
             **{f"memory_mib_{mode}": round(mib, 1) for mode, mib in memory.items()},
             "base_mib": round(base_bytes(base) / 2**20, 1),
