@@ -196,7 +196,7 @@ def reduced(run: Run, plan: Plan) -> dict[str, Any]:
         accuracy.right_of(table),
         np.where(table["status"] == "OK", table["sojourn_ms"], np.inf),
     )
-    swaps = changes_s(run, window.start_ns)
+    swaps = [second for second in changes_s(run, window.start_ns) if second < window.seconds]
     levels = accuracies(seen, plan.shift_s, swaps, plan.last_s)
     tails = tail(seen, swaps)
     inside = (run.train["t_start_ns"] >= window.start_ns) & (run.train["t_end_ns"] <= window.stop_ns)
