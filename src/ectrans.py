@@ -4,7 +4,7 @@ python src/ectrans.py prepare --out models/nmt --synthetic 2000        tokenizer
 python src/ectrans.py train --model models/nmt --steps 1000            on the made language
 python src/ectrans.py split --model models/nmt --out parts             encoder, decoder, client's part
 python src/ectrans.py predict --parts parts "ba ruto"                  one process, in batches
-python src/ectrans.py serve --parts parts --port 54200                 the pipeline; load, compare and simulate: --help
+python src/ectrans.py serve --parts parts --port 5550                 the pipeline; load, compare and simulate: --help
 """
 
 from __future__ import annotations
