@@ -13,6 +13,7 @@ more to start than to compute, which favours large batches. `--parts` takes any 
 median over repeats of the ratio within a repeat. Memory is read with each server alone.
 
     python -m bench.ectrans [--quick] [--repeats 5] [--parts DIR] [--only R1,R3]
+    python -m bench.ectrans_plots [bench/results/ectrans.json]
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,6 +115,22 @@ def overall(
     }
 
 
+def instances(settings: compare.Settings, counts: Sequence[int]) -> dict[str, dict[str, compare.Figures]]:
+    """Memory and time of N instances of each executor, every one alone, the sentences divided among them."""
+    requests = compare.requests_for(settings, f"{settings.sentences // 8}x8")
+    found: dict[str, dict[str, compare.Figures]] = {}
+    for executor in ("multitask", "multiprocess", "pipeline"):
+        ways = [
+            compare.Condition(
+                str(count), executor, max(1, count // 2) if executor == "pipeline" else count, packing="count"
+            )
+            for count in counts
+        ]
+        found[executor] = compare.memory(ways, settings, requests)
+    found["streams"] = compare.memory([compare.Condition("1", packing="count")], settings, requests)
+    return found
+
+
 def missed(figures: dict[str, Any]) -> list[str]:
     """Goals that were not reached."""
     lines = [
@@ -129,7 +147,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     parts: Annotated[Path | None, typer.Option(help="a split model; else the tiny one, trained")] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes of the baselines")] = 2,
-    only: Annotated[str, typer.Option(help="also run these of R1 to R4, e.g. R1,R3")] = "",
+    only: Annotated[str, typer.Option(help="run these of R1 to R4 too, e.g. R1,R3")] = "",
 ) -> None:
     """Measure, store and print the figures."""
     with guard(), tempfile.TemporaryDirectory(prefix="corun-ectrans-") as directory:
@@ -147,7 +165,7 @@ def main(
         ends = [one for one in conditions if one.name in (names[0], fair, names[-1])]
         sizes = compare.memory(ends, settings, requests)
         found = compare.measure(conditions, settings, {"": requests}, say)
-        wanted = only.split(",") if only else ([] if quick else ["R1", "R2", "R3"])
+        wanted = only.split(",") if only else ([] if quick else ["R1", "R2"])
         ratios = [one for name in wanted for one in compare.run(name, settings, say)]
         handoff = handoff_ms(3 if quick else 5)
         figures: dict[str, Any] = {
@@ -171,6 +189,7 @@ def main(
             "waste": {name: round(one.median("waste"), 4) for name, one in found.items()},
             "memory_alone": sizes,
             "ratios": [one.body() for one in ratios],
+            "instances": {} if quick else instances(settings, (1, 2, 4)),
         }
         store("ectrans_quick" if quick else "ectrans", figures, details)
         last_line(figures)

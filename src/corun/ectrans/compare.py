@@ -7,7 +7,7 @@
     R5  steps          one improvement switched on after the other
     R6  hand-off       one 64 x 40 x 512 hidden state between two processes
 
-Every server of a comparison is loaded, warmed up and has answered one load before anything is timed; then conditions
+Every server of a comparison is loaded, warmed up and has answered a few requests before anything is timed; then conditions
 take turns, in reversed order every other repeat, so that a slow minute of the machine hits all of them. Servers that
 wait use no processor. Memory is read in a pass of its own, each server alone on the machine, under its load's end.
 """
@@ -38,6 +38,7 @@ from corun.wire import Address
 
 RATIOS = ("A", "B", "metric", "median", "lo", "hi", "n")
 START_S = 300.0
+WARM_UP_REQUESTS = 4
 REPLICATES = 2000
 Figures = dict[str, float]
 
@@ -188,9 +189,9 @@ def measure(
     servers: list[Served] = []
     measured = {condition.name: Measured(condition) for condition in conditions}
     try:
-        for condition in conditions:
-            servers.append(Served(condition, settings))
-            servers[-1].load(_load_of(condition, loads)[:4])
+        servers += [Served(condition, settings) for condition in conditions]
+        for server in servers:
+            server.load(_load_of(server.condition, loads)[:WARM_UP_REQUESTS])
         for repeat in range(settings.repeats):
             for server in servers if repeat % 2 == 0 else servers[::-1]:
                 figures = server.load(_load_of(server.condition, loads))
@@ -210,6 +211,7 @@ def memory(
     for condition in conditions:
         server = Served(condition, settings)
         try:
+            server.load(requests[:WARM_UP_REQUESTS])
             figures[condition.name] = server.load(requests)
         finally:
             server.stop()
