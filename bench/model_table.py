@@ -86,7 +86,7 @@ Lower `conf` (`"extra": {"conf": 0.001}`) or bring weights.
   give the path of `pretrained_RIDCP.pth`. It always pads to the next multiple of 32, so 224 runs at 256. Training is stage 2
   of the paper without its perceptual and adversarial terms. `RIDCP_dehazing_tiny` is the same graph at reduced width, for tests.
 - **llm.** ChatGLM2-6B and smaller networks of the same architecture, for machines that cannot hold it. A request is a
-  prompt, not a picture: `models/chatglm.py` has its fields. They are trained as LoRA adapters, not by `python -m corun.train`.
+  prompt, not a picture; training makes LoRA adapters and takes the data set `text`: [llm.md](llm.md).
 - **nmt.** Marian and T5 translation networks. A request is UTF-8 text, one sentence a line, and so is the reply; training
   takes the data set `pairs`. `weights` is a model directory that `src/ectrans.py` made or transformers reads:
   [translation.md](translation.md).
