@@ -82,6 +82,7 @@ def plan(
     max_batch: Annotated[
         list[int] | None, typer.Option(help="batch limits to measure, repeatable; default 1")
     ] = None,
+    max_slowdown: Annotated[float | None, typer.Option(help="with --train: how many times slower it may get")] = None,
     data: Annotated[str, typer.Option(help="request payloads of the measurement")] = "sample",
     cores: Annotated[float | None, typer.Option(help="cores for services; default: all")] = None,
     memory_mib: Annotated[float | None, typer.Option(help="memory for services; default: what is free")] = None,
@@ -90,7 +91,7 @@ def plan(
 ) -> None:
     """Choose a model for every task and say why each other one lost; exit code 3 when a task has none."""
     trainer = Trainer(train, batch_size=train_batch_size, threads=train_threads) if train else None
-    rest = (quality, measure, trainer, seconds, max_batch or [1], cores, memory_mib, data, as_json)
+    rest = (quality, measure, trainer, seconds, max_batch or [1], cores, memory_mib, max_slowdown, data, as_json)
     _do(store, lambda opened: cli.plan(opened, *rest))
 
 

@@ -109,7 +109,7 @@ def test_a_measurement_beside_training_has_both_curves(tmp_path: Path) -> None:
     trainer = Trainer("mobilenet_v3_small", data="synthetic", batch_size=2, image_size=32)
     settings = Settings(rates=(20.0,), seconds=0.5, rounds=2, trainer=trainer)
     found = measure("null:service_ms=2", settings)
-    assert {point.training for point in found.points} == {False, True}
+    assert [(point.training, point.slowdown is not None) for point in found.points] == [(False, False), (True, True)]
     assert found.batch_ms[1] >= 2
     assert found.rss_mib > 5
     assert found.trainer == "mobilenet_v3_small_2"

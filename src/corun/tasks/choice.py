@@ -33,12 +33,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What is free for services: cores, host memory, GPUs with their free memory in MiB. training: a job runs beside."""
+    """What is free for services: cores, host memory, GPUs with their free memory in MiB.
+
+    training: a job runs beside. max_slowdown: how many times slower one model may make it, None = any.
+    """
 
     cores: float
     memory_mib: float
     gpu_mib: tuple[float, ...] = ()
     training: bool = False
+    max_slowdown: float | None = None
 
     def less(self, demand: Demand) -> Capacity:
         """What is left beside a demand."""
@@ -52,6 +56,7 @@ class Capacity:
                 )
             ),
             self.training,
+            self.max_slowdown,
         )
 
     def _gpus(self) -> tuple[float, ...]:
@@ -127,6 +132,8 @@ class Option:
     max_batch: int
     expected_ms: Mapping[str, float]
     demand: Demand
+    slowdown: float | None = None
+    """How many times slower the training job is beside it."""
     by_maximum: tuple[str, ...] = ()
     """Bounds judged by the longest of too few requests: on the safe side, and worth a longer measurement."""
 
@@ -159,7 +166,9 @@ class Option:
             for name, value in self.expected_ms.items()
         ]
         parts += [f"{self.replicas} replica{'s' * (self.replicas != 1)}"]
-        return "; ".join(parts + ([f"batches up to {self.max_batch}"] if self.max_batch > 1 else []))
+        parts += [f"batches up to {self.max_batch}"] if self.max_batch > 1 else []
+        parts += [f"training x{self.slowdown:.3g} slower"] if self.slowdown is not None else []
+        return "; ".join(parts)
 
 
 def quality_text(candidate: Candidate) -> str:
@@ -243,11 +252,14 @@ def _option(task: Task, candidate: Candidate, machine: Capacity) -> Option | str
             if isinstance(expected, str):
                 failure = expected
                 continue
+            slowdown = profile.slowdown(task.rate, max_batch) if machine.training else None
+            if machine.max_slowdown is not None and slowdown is not None and slowdown > machine.max_slowdown:
+                failure = f"makes training x{slowdown:.3g} slower, x{machine.max_slowdown:g} is allowed"
+                continue
             rate = task.rate / replicas
             unsure = [name for name in expected if not profile.supports(name, rate, max_batch, machine.training)]
-            return Option(
-                candidate, replicas, max_batch, expected, _demand(task, profile, replicas), by_maximum=tuple(unsure)
-            )
+            demand = _demand(task, profile, replicas)
+            return Option(candidate, replicas, max_batch, expected, demand, slowdown, tuple(unsure))
     return failure
 
 

@@ -194,11 +194,12 @@ def plan(
     max_batches: Sequence[int],
     cores: float | None,
     memory_mib: float | None,
+    max_slowdown: float | None,
     data: str,
     as_json: bool,
 ) -> int:
     """Choose a model for every task, together; the exit code: 3 when a task has none."""
-    context = Context(quality, trainer is not None, cores, memory_mib)
+    context = Context(quality, trainer is not None, cores, memory_mib, max_slowdown)
     planner = context.planner(store)
     if measure:
         settings = Settings(seconds=seconds, max_batches=tuple(max_batches), trainer=trainer, data=data)

@@ -21,6 +21,7 @@ class Point:
     """One measured load: `n` answered requests at `rate` requests/s (open loop, Poisson), sojourn in ms.
 
     A percentile is None below the number of requests that supports it. lost: requests refused, failed or lost.
+    slowdown: the training job's steps/s alone over those beside this load; None without training.
     """
 
     rate: float
@@ -34,6 +35,7 @@ class Point:
     max_batch: int = 1
     training: bool = False
     lost: int = 0
+    slowdown: float | None = None
 
     def bound_ms(self, name: str) -> float:
         """The percentile called `p99_ms`, or the next larger thing known: a higher percentile or the maximum.
@@ -60,8 +62,7 @@ class Profile:
     """Measurements of one model (with its options) on one machine, one replica.
 
     batch_ms: median time to compute a batch of each size, nothing else waiting. cpu_ms: CPU time of the server for one
-    request. trainer: what trained beside it ("" = nothing was). train_slowdown: its steps/s alone over those beside
-    the model at the highest rate measured. measured: ISO date.
+    request. trainer: what trained beside it ("" = nothing). measured: ISO date.
     """
 
     model: str
@@ -75,7 +76,6 @@ class Profile:
     gpu_mib: float | None = None
     weights: str = "random"
     trainer: str = ""
-    train_slowdown: float | None = None
     measured: str = ""
 
     def max_batches(self) -> tuple[int, ...]:
@@ -108,6 +108,14 @@ class Profile:
     def mean_ms(self, rate: float, max_batch: int = 1, training: bool = False) -> float | None:
         """The mean sojourn, read the same way."""
         return _at(rate, [(point.rate, point.mean_ms) for point in self.curve(max_batch, training)])
+
+    def slowdown(self, rate: float, max_batch: int = 1) -> float | None:
+        """How many times slower the training job is beside `rate` requests/s, at most; None when that is not known.
+
+        Above the highest measured rate it is read there.
+        """
+        pairs = [(point.rate, point.slowdown) for point in self.curve(max_batch, training=True) if point.slowdown]
+        return _at(min(rate, pairs[-1][0]), pairs) if pairs else None
 
     def top_rate(self, max_batch: int, training: bool) -> float | None:
         """The highest rate it was measured at without losing requests."""

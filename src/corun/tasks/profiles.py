@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,6 @@ class _Session:
         self.cpu_s, self.requests = 0.0, 0
         self.rss_mib = 0.0
         self.gpu_mib: float | None = None
-        self.slowdown: float | None = None
         self._clients = 0
 
     def profile(self) -> Profile:
@@ -163,7 +162,6 @@ class _Session:
             gpu_mib=self.gpu_mib,
             weights=settings.weights or "random",
             trainer=settings.trainer.label if settings.trainer else "",
-            train_slowdown=self.slowdown,
             measured=datetime.now().astimezone().isoformat(timespec="seconds"),
         )
 
@@ -200,13 +198,13 @@ class _Session:
         for rate in rates:
             before, begin = server.usage().cpu_s, now_ns()
             point = self._point(server, rate, max_batch, training=steps is not None)
-            self.points.append(point)
             self.cpu_s += server.usage().cpu_s - before
             self.requests += point.n
             self._note_use(server)
             if steps is not None and alone:
                 beside = _steps_per_s(steps, begin, now_ns())
-                self.slowdown = alone / beside if beside else None
+                point = replace(point, slowdown=alone / beside if beside else None)
+            self.points.append(point)
             self.say(f"{self.model}: {_sentence(point)}")
             if point.lost:
                 return
@@ -378,8 +376,9 @@ def _sentence(point: Point) -> str:
         for percentile in (50, 99)
         if (value := getattr(point, f"p{percentile}_ms")) is not None
     )
+    slower = f", training x{point.slowdown:.2f} slower" if point.slowdown else ""
     lost = f", does not keep up ({point.lost} lost or late)" if point.lost else ""
-    return f"{point.rate:.4g}/s{beside}: {point.n} answered{shown}, max {point.max_ms:.3g} ms{lost}"
+    return f"{point.rate:.4g}/s{beside}: {point.n} answered{shown}, max {point.max_ms:.3g} ms{slower}{lost}"
 
 
 # What was measured before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from corun.errors import CorunError
@@ -46,8 +47,10 @@ class Context:
         training: bool = False,
         cores: float | None = None,
         memory_mib: float | None = None,
+        max_slowdown: float | None = None,
     ) -> None:
         self.quality, self.training, self.cores, self.memory_mib = quality, training, cores, memory_mib
+        self.max_slowdown = max_slowdown
 
     @classmethod
     def load(cls, store: Store) -> Context:
@@ -59,6 +62,7 @@ class Context:
     def save(self, store: Store) -> None:
         quality = str(self.quality.resolve()) if self.quality else None
         rest = {"training": self.training, "cores": self.cores, "memory_mib": self.memory_mib}
+        rest["max_slowdown"] = self.max_slowdown
         store.set_state(STATE, {"quality": quality, **rest})
 
     def planner(self, store: Store, profiles: Profiles | None = None) -> Planner:
@@ -68,7 +72,7 @@ class Context:
 
     def offered(self, store: Store) -> Capacity:
         """What the machine offers, as that plan saw it."""
-        return offered(store, self.training, self.cores, self.memory_mib)
+        return replace(offered(store, self.training, self.cores, self.memory_mib), max_slowdown=self.max_slowdown)
 
 
 @contextmanager

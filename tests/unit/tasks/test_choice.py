@@ -110,6 +110,18 @@ def test_beside_training_the_slower_curve_counts() -> None:
     assert "90 ms at 20 requests/s beside training" in beside.reasons["heavy"]
 
 
+def test_training_may_be_protected_by_a_bound() -> None:
+    """A model that slows the training job more than allowed loses; without a bound the cost is told."""
+    points = (Point(20, 1000, 9, 9, p99_ms=9, training=True, slowdown=1.8),)
+    models = [candidate("greedy", 80, points=points), candidate("modest", 60)]
+    told = choose(task(), models, Capacity(8, 10_000, training=True))
+    assert told.model == "greedy"
+    assert "training x1.8 slower" in told.why
+    bound = choose(task(), models, Capacity(8, 10_000, training=True, max_slowdown=1.5))
+    assert bound.model == "modest"
+    assert bound.reasons["greedy"] == "makes training x1.8 slower, x1.5 is allowed"
+
+
 def test_a_larger_batch_limit_is_used_when_only_it_keeps_up() -> None:
     """Batching is chosen where a single request at a time cannot."""
     points = (Point(10, 1000, 5, 5, p99_ms=5), Point(40, 1000, 20, 20, p99_ms=20, max_batch=8))

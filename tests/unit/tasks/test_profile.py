@@ -84,6 +84,14 @@ def test_a_window_without_a_request_is_no_evidence() -> None:
     assert dead.latency_ms("p99_ms", 1) == math.inf
 
 
+def test_the_cost_to_training_is_read_by_the_rate() -> None:
+    """Between rates it is interpolated, above the highest it is read there; alone it is unknown."""
+    known = profile(*(point(rate, 5, training=True, slowdown=rate / 10) for rate in (10.0, 20.0)), point(20, 5))
+    assert known.slowdown(15) == pytest.approx(1.5)
+    assert known.slowdown(500) == 2.0
+    assert profile(point(10, 5)).slowdown(10) is None
+
+
 def test_live_figures_move_a_profile_the_more_the_more_requests_there_were() -> None:
     """A service twice as slow as profiled doubles the profile in the end, hardly moves it at first."""
     known = profile(point(10, 8), point(20, 16))
@@ -119,7 +127,7 @@ def test_a_factor_fades_towards_one(factor: float, age_s: float, later_s: float)
 
 def test_a_profile_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
     """What is kept of a profile gives the same profile back; another machine's is not found."""
-    known = profile(point(10, 8), batch_ms={1: 5.0, 8: 30.0}, measured="2026-01-01", train_slowdown=1.5)
+    known = profile(point(10, 8), batch_ms={1: 5.0, 8: 30.0}, measured="2026-01-01")
     assert from_json(json.loads(json.dumps(to_json(known)))) == known
     profiles = Profiles(tmp_path, "m")  # type: ignore[arg-type]
     profiles.put(known)
