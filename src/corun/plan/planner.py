@@ -210,19 +210,15 @@ class Planner:
     # What is known
 
     def evidence(self, policy: str) -> Evidence:
-        """All windows of the profile that tell something about a policy, at any rate."""
-        able = {candidate.model for candidate in self._able()}
+        """All windows of the profile that tell something about a policy: any rate, any model that was measured alone."""
         job = self.question.job.label if self.question.job else ""
-        windows = [
-            window
-            for window in self.profile.windows()
-            if not window.fault and {model for model, _ in window.condition.loads} <= able
-        ]
-        windows = [one for one in windows if all(sample.services_ms for sample in one.samples)]
-        alone = [window for window in windows if not window.condition.job and len(window.condition.loads) == 1]
-        under = [window for window in windows if window.condition.job == job and window.condition.loads]
-        mine = [window for window in under if not job or window.condition.policy == policy]
-        together = mine if job else [window for window in mine if len(window.condition.loads) > 1]
+        windows = [one for one in self.profile.windows() if all(sample.services_ms for sample in one.samples)]
+        windows = [one for one in windows if one.condition.loads and not one.fault]
+        alone = [one for one in windows if not one.condition.job and len(one.condition.loads) == 1]
+        known = {model for one in alone for model, _ in one.condition.loads}
+        under = [one for one in windows if one.condition.job == job and (not job or one.condition.policy == policy)]
+        together = [one for one in under if {model for model, _ in one.condition.loads} <= known]
+        together = together if job else [one for one in together if len(one.condition.loads) > 1]
         trained = [self.profile.get(Condition((), job, policy), 0)] if job else []
         speed = next((window.samples_per_s for window in trained if window), None)
         self._used.update((window.condition, window.repeat) for window in (*alone, *together))
