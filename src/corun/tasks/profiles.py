@@ -125,7 +125,7 @@ class Stop(Protocol):
 def measure(model: str, settings: Settings, say: Say = lambda line: None, stop: Stop | None = None) -> Profile:
     """Measure one model with real processes on this machine; a minute or so.
 
-    Raises InputError for an unknown model, RunFault when a process dies, InputError("interrupted") on `stop`.
+    Raises InputError for an unknown model, RunFault when a process dies, KeyboardInterrupt on `stop`.
     """
     variant = Variant.parse(model)
     with tempfile.TemporaryDirectory(prefix="corun-profile-") as folder:

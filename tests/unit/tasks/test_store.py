@@ -164,6 +164,20 @@ def test_who_waits_too_long_for_another_writer_is_told(store: Store, monkeypatch
     other.close()
 
 
+def test_a_full_disk_is_a_fault_and_loses_nothing(store: Store) -> None:
+    """What cannot be written is not there in part; what was there stays, and writing goes on once there is room."""
+    store.record("a", Statistics(requests=1))
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(RunFault, match=r"tasks\.sqlite cannot be written: .*full"):
+        store.set_state("big", "x" * 1_000_000)
+    assert store.state("big") is None
+    assert store.statistics("a").requests == 1
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    store.record("a", Statistics(requests=1))
+    assert store.statistics("a").requests == 2
+
+
 def test_threads_share_one_open_registry(store: Store) -> None:
     """Records of several threads all count."""
 
