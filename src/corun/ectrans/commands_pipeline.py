@@ -165,11 +165,11 @@ def compare(
 ) -> None:
     """Measure conditions in turns and write the ratios with their intervals."""
     with guard():
-        from corun.ectrans import compare as comparing
+        from corun.ectrans.compare import Settings, run, write
 
-        settings = comparing.Settings(parts, repeats, workers, sentences, max_new, seed, read_texts(text, seed))
-        ratios = comparing.run(matrix, settings, _say)
-        comparing.write(out, ratios)
+        settings = Settings(parts, repeats, workers, sentences, max_new, seed, read_texts(text, seed))
+        ratios = run(matrix, settings, _say)
+        write(out, ratios)
         print(json.dumps({"ratios": [ratio.body() for ratio in ratios], "out": str(out)}))
 
 
