@@ -254,7 +254,9 @@ class ReplicaSet:
                 self._judge(place, result, now_s)
             elif result is not None:
                 place.handle = result
-                self._note("start", f"replica {place.index} starts: {place.model} on {result.address}, {result.id}")
+                limits = "".join(f"; {name}: {text}" for name, text in result.limits_in_force.items())
+                where = f"{place.model} on {result.address}, {result.id}"
+                self._note("start", f"replica {place.index} starts: {where}{limits}")
 
     def _judge(self, place: Place, seen: Seen, now_s: float) -> None:
         place.usage = seen.usage or place.usage
