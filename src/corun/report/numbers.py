@@ -10,7 +10,7 @@ from corun.report import html
 from corun.report.exhibit import shown
 from corun.report.loops import LoopSummary
 from corun.report.slowdown import Slowdown
-from corun.report.summary import Row, Summary
+from corun.report.summary import TOKENS, Row, Summary
 from corun.stats.percentiles import PERCENTILES, sample_floor
 
 Words = tuple[Any, ...]
@@ -81,6 +81,26 @@ def latency(summary: Summary) -> str:
     return html.table((*columns, "sent/s"), rows, "Latency by service and arm", strong=strong) + html.paragraph(
         note, "caption"
     )
+
+
+def tokens(summary: Summary) -> str:
+    """Speed and times of generated tokens by service and arm, and the ratios; nothing where none were made."""
+    rows: list[Words] = []
+    strong: list[int] = []
+    for service in dict.fromkeys(row["service"] for row in summary.rows if row.get("tokens_per_s") is not None):
+        for arm in ("alone", "corun"):
+            mine = (row for row in summary.pooled(arm, "server") if row["service"] == service)
+            rows += [(service, arm, *(_or_na(row.get(name)) for name in TOKENS)) for row in mine]
+        ratios = summary.ratios.get("services", {}).get(service, {})
+        if "tokens_per_s_x" in ratios:
+            strong.append(len(rows))
+            factors = (_times(ratios[f"{name.removesuffix('_ms')}_x"]) for name in TOKENS)
+            rows.append((None, "corun / alone", *factors))
+    if not rows:
+        return ""
+    note = "Milliseconds to the first token, from the intended send time (TTFT), and per token after it (TPOT)."
+    columns = ("service", "arm", "tokens/s", "TTFT p50", "TTFT p99", "TPOT p50")
+    return html.table(columns, rows, "Tokens by service and arm", strong=strong) + html.paragraph(note, "caption")
 
 
 def _latency_rows(summary: Summary) -> tuple[list[Words], list[int]]:

@@ -93,7 +93,7 @@ def render(report: Report) -> str:
     if report.loops:
         tables.insert(0, ("loops", "Inference loops", numbers.loops(report.loops)))
     else:
-        tables.insert(0, ("latency", "Latency", numbers.latency(report.summary)))
+        tables.insert(0, ("latency", "Latency", numbers.latency(report.summary) + numbers.tokens(report.summary)))
     how = ("measured", "How it was measured", measured.measured(report.run))
     figures = [(figure.exhibit.key, figure.exhibit.title) for figure in report.figures]
     links = [
