@@ -11,9 +11,12 @@ costs n * Lmax tokens, however short the others are::
                 (n + 1) * Lmax'  <= max_padded_tokens
                 (n + 1) * Lmax' - n * Lmax - len  <=  theta * len        the padding it adds, per token of its own
 
-An item that `cost` has passed over is held. Once it has been held for `hold_ns` it goes before everything else and
-whatever padding it adds, oldest first, so it waits at most for the items that were held before it. The time a request
-waits before it is first looked at does not count: under load everything would be forced, and `cost` be `count`.
+An item that `cost` has passed over is held. Once it has been held for `hold_ns` and passed over `passes` times it is
+overdue: the oldest overdue item leads the next package, whatever the service order says, so it waits for at most one
+package for each item that was held before it. Two bounds, because a package may take milliseconds or seconds: by time
+alone a slow model would make every item overdue. It leads instead of being forced in beside the others, because forcing
+many at once is what `count` does; those that resemble it leave with it. The time a request waits before it is first
+looked at does not count, for the same reason.
 
 The limits of items and tokens hold in every rule. Lengths are padded anew in each package, never by clients.
 """
@@ -30,17 +33,23 @@ from corun.errors import InputError, suggest
 class Item:
     """One sequence of a request: its place in it, its length in tokens, and what happened to it.
 
-    owner: the request. held_ns: when packing first passed it over, or None. tries: packages it has been in.
+    owner: the request. held_ns: when packing first passed it over, or None; passed: how often. tries: packages it has
+    been in.
     """
 
-    __slots__ = ("held_ns", "index", "length", "owner", "tries")
+    __slots__ = ("held_ns", "index", "length", "owner", "passed", "tries")
 
     def __init__(self, owner: Any, index: int, length: int) -> None:
         self.owner = owner
         self.index = index
         self.length = length
         self.held_ns: int | None = None
+        self.passed = 0
         self.tries = 0
+
+    def overdue(self, limits: Limits, now_ns: int) -> bool:
+        """It has been passed over for too long."""
+        return self.held_ns is not None and self.passed >= limits.passes and now_ns - self.held_ns > limits.hold_ns
 
     def __repr__(self) -> str:
         return f"Item({self.index}, length {self.length})"
@@ -48,19 +57,20 @@ class Item:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one package may hold; theta and hold_ns: see the module."""
+    """What one package may hold; theta, hold_ns and passes: see the module."""
 
     max_items: int = 64
     max_padded_tokens: int = 4096
     theta: float = 0.25
     hold_ns: int = 1_000_000_000
+    passes: int = 8
 
     def __post_init__(self) -> None:
         problems = [f"{name} is {value}: give 1 or more" for name, value in self._sizes() if value < 1]
         if self.theta < 0:
             problems.append(f"theta is {self.theta}: give 0 or more")
-        if self.hold_ns < 0:
-            problems.append(f"hold_ns is {self.hold_ns}: give 0 or more")
+        if self.hold_ns < 0 or self.passes < 0:
+            problems.append(f"hold_ns is {self.hold_ns}, passes is {self.passes}: give 0 or more")
         if problems:
             raise InputError("packages cannot be built like this", problems)
 
@@ -124,26 +134,31 @@ def _append(items: Sequence[Item], package: Builder) -> bool:
 
 
 def cost(order: Sequence[Sequence[Item]], package: Builder, now_ns: int) -> None:
-    """Overdue held items, the first request, then what adds little padding."""
-    before = now_ns - package.limits.hold_ns
-    overdue = [item for items in order for item in items if item.held_ns is not None and item.held_ns < before]
-    for item in sorted(overdue, key=lambda item: item.held_ns or 0):
-        if package.fits(item):
-            package.add(item)
-    taken = set(map(id, package.items))
-    for item in sorted(order[0], key=lambda item: -item.length):
-        if id(item) not in taken and package.fits(item):
-            package.add(item)
-    for items in order[1:]:
-        for item in sorted(items, key=lambda item: -item.length):
+    """The oldest overdue item, or else the first request; then what adds little padding."""
+    overdue = [item for items in order for item in items if item.overdue(package.limits, now_ns)]
+    if overdue:
+        package.add(min(overdue, key=lambda item: item.held_ns or 0))
+        rest = order
+    else:
+        for item in _longest_first(order[0]):
+            if package.fits(item):
+                package.add(item)
+        rest = order[1:]
+    for items in rest:
+        for item in _longest_first(items):
             if package.full:
                 return
-            if id(item) in taken or not package.fits(item):
+            if package.items[0] is item or not package.fits(item):
                 continue
             if package.cheap(item):
                 package.add(item)
-            elif item.held_ns is None:
-                item.held_ns = now_ns
+            else:
+                item.held_ns = now_ns if item.held_ns is None else item.held_ns
+                item.passed += 1
+
+
+def _longest_first(items: Sequence[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: -item.length)
 
 
 RULES: dict[str, Rule] = {"off": off, "count": count, "cost": cost}

@@ -147,7 +147,7 @@ def test_every_item_goes_exactly_once_and_nothing_hangs(
 @settings(max_examples=60, deadline=None)
 def test_a_held_item_waits_for_no_more_than_the_items_held_before_it(lengths: list[int], theta: float) -> None:
     """Once overdue, an item leaves within as many packages as its elders fill, however well others would fit."""
-    limits = Limits(max_items=4, max_padded_tokens=200, theta=theta, hold_ns=0)
+    limits = Limits(max_items=4, max_padded_tokens=200, theta=theta, hold_ns=0, passes=2)
     scheduler = Scheduler(Rules("sjf", "cost", limits, 0, rt_share=0.0), KnownCost(0.0, 1.0))
     for key, length in enumerate(lengths):
         scheduler.offer(Job(key, 0, [length]))
@@ -161,7 +161,7 @@ def test_a_held_item_waits_for_no_more_than_the_items_held_before_it(lengths: li
             assert turn - overdue_since.get(item.owner.key, turn) <= 1 + elders
         waiting = [job.items[0] for job in scheduler._jobs.values() if job.items]
         for item in waiting:
-            if item.held_ns is not None:
+            if item.overdue(limits, turn + 1):
                 overdue_since.setdefault(item.owner.key, turn)
         scheduler.done(package, turn)
     assert not len(scheduler)
