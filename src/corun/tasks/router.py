@@ -134,6 +134,7 @@ class Router:
         self._first_latency = 0
         self._stop_by_ns = 0
         self._turning_away = False
+        self._resting: list[socket.socket] = []
         self._listener = self._listen(options.listen, self._accept)
         self.address = _bound(options.listen, self._listener)
         self._control = self._listen(options.control, self._accept_control) if options.control else None
@@ -175,6 +176,8 @@ class Router:
 
     def _tick(self, now: int) -> None:
         self.routing.expire(now)
+        while self._resting:
+            self._epoll.modify(self._resting.pop().fileno(), EPOLLIN)
         for replica in list(self.routing.replicas.values()):
             link = replica.link
             if replica.state is State.DRAINING:
@@ -222,10 +225,22 @@ class Router:
     # Clients
 
     def _accept(self, _events: int) -> None:
-        while (sock := _accepted(self._listener)) is not None:
+        while (sock := self._accepted(self._listener)) is not None:
             client = Connection(sock, self._epoll)
             self._clients[client.fd] = client
             self._handlers[client.fd] = partial(self._serve_client, client)
+
+    def _accepted(self, listener: socket.socket) -> socket.socket | None:
+        """The next connection; where there are no descriptors left the listener rests until the next tick."""
+        try:
+            return listener.accept()[0]
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._say(f"cannot accept: {error.strerror or error}")
+            self._epoll.modify(listener.fileno(), 0)
+            self._resting.append(listener)
+            return None
 
     def _serve_client(self, client: Connection, events: int) -> None:
         if events & EPOLLOUT:
@@ -433,7 +448,7 @@ class Router:
 
     def _accept_control(self, _events: int) -> None:
         assert self._control is not None
-        while (sock := _accepted(self._control)) is not None:
+        while (sock := self._accepted(self._control)) is not None:
             sock.setblocking(False)
             self._commanders.add(sock)
             self._watch(sock.fileno(), EPOLLIN, partial(self._serve_control, sock, bytearray()))
@@ -540,13 +555,6 @@ def _figures(replica: Target, now: int) -> ReplicaFigures:
 def _answer(client: Connection, header: RequestHeader, status: Status, body: dict[str, Any]) -> None:
     payload = msgspec.json.encode(body)
     client.send(pack_reply(header.kind, header.stream, header.id, status, NO_STAMPS, len(payload)), payload)
-
-
-def _accepted(listener: socket.socket) -> socket.socket | None:
-    try:
-        return listener.accept()[0]
-    except OSError:
-        return None
 
 
 def _bound(asked: Address, listener: socket.socket) -> Address:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from corun.clock import NS_PER_S
-from corun.errors import InputError
+from corun.errors import InputError, RunFault
 from corun.run.config import Slo
 from corun.run.records import Column
 from corun.run.table import TableWriter
@@ -194,9 +194,10 @@ class Service:
         )
 
     def note(self, kind: str, detail: str) -> None:
-        """An event: in the store, in the task's log, and for whoever watches."""
-        self._store.add_event(self.task.id, kind, detail)
-        with open(self._log, "a", encoding="utf-8") as file:
+        """An event: in the store, in the task's log, and for whoever watches; a full disk does not end the task."""
+        with contextlib.suppress(RunFault):
+            self._store.add_event(self.task.id, kind, detail)
+        with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {kind:8} {detail}\n")
         self._say(f"{self.task.id}: {kind}: {detail}")
 
@@ -352,8 +353,9 @@ class Service:
             rss_mib=self.replicas.rss_mib,
             gpu_mib=self.replicas.gpu_mib,
         )
-        self._rows.row(self._row(span, latencies_ms, took_s, spent_s))
-        with contextlib.suppress(InputError):  # the task was just removed from the store
+        row = self._row(span, latencies_ms, took_s, spent_s)
+        with contextlib.suppress(InputError, RunFault):  # it was just removed from the store, or the disk is full
+            self._rows.row(row)
             self._store.record(self.task.id, statistics)
             self._keep_replicas()
 

@@ -10,6 +10,7 @@ earlier life are removed by the next one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from corun.errors import InputError, RunFault
+from corun.errors import CorunError, InputError, RunFault
 from corun.tasks.choice import Choice
 from corun.tasks.monitor import report
 from corun.tasks.replicas import Patience
@@ -132,8 +133,8 @@ class Supervisor:
         while not stop.requested:
             now_s = time.monotonic()
             if now_s >= again_s:
+                self._look_again(pool, sockets, first=not again_s)
                 again_s = now_s + LOOK_AGAIN_S
-                self._refresh(pool, sockets)
             for service in self.services.values():
                 service.tick(now_s)
             self._bid_farewell(now_s)
@@ -158,6 +159,17 @@ class Supervisor:
 
     # Which tasks
 
+    def _look_again(self, pool: ThreadPoolExecutor, sockets: Path, first: bool) -> None:
+        """Follow the store; what goes wrong the first time ends it, later it is said and tried again."""
+        try:
+            self._refresh(pool, sockets)
+        except CorunError as error:
+            if first:
+                raise
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                self._say(f"{error}; what is up goes on")
+
     def _refresh(self, pool: ThreadPoolExecutor, sockets: Path) -> None:
         """Bring up what is new, change what was changed, let go of what was removed."""
         options = self.options
@@ -166,6 +178,9 @@ class Supervisor:
         for task in tasks:
             choice = self._choice(task)
             service = self.services.get(task.id)
+            if service is not None and service.task.runtime != task.runtime:
+                self._leaving.append(self.services.pop(task.id))
+                continue
             if choice is None or any(one.task.id == task.id for one in self._leaving):
                 continue
             if service is None:
@@ -288,7 +303,8 @@ class Supervisor:
         if not up and (last := self.store.state("live")):
             live["tasks"] = []
             live["t_s"] = last["t_s"]
-        self.store.set_state("live", live)
+        with contextlib.suppress(RunFault):
+            self.store.set_state("live", live)
 
 
 def slots(tasks: Sequence[Task]) -> dict[str, Slot]:
