@@ -14,6 +14,8 @@ from tests.processes.tools import ROOT
 
 BASE_IMAGE = os.environ.get("CORUN_TEST_IMAGE", "corun-test:1")
 SCRIPT = Path(os.environ.get("CORUN_TEST_ENGINE") or ROOT.parent / "shared" / "containers" / "start-engine")
+START_S = 300
+TEST_S = START_S + 60  # a test's time-out counts the engine that its fixture may have to install
 
 
 @cache
@@ -25,16 +27,16 @@ def _find() -> tuple[str, str]:
     if os.environ.get("DOCKER_HOST"):
         try:
             with closing(docker.from_env(timeout=10)) as client:
-                client.ping()
+                client.images.get(BASE_IMAGE)
             return os.environ["DOCKER_HOST"], ""
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it is the reason to skip
-            tried.append(f"DOCKER_HOST does not answer: {error}")
+            tried.append(f"DOCKER_HOST has no image {BASE_IMAGE} (CORUN_TEST_IMAGE names another): {error}")
     if not (SCRIPT.exists() and shutil.which("bash")):
         return "", "; ".join([*tried, "no container engine: set DOCKER_HOST, or CORUN_TEST_ENGINE to a script"])
     try:
-        done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=110)
+        done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=START_S)
     except subprocess.TimeoutExpired:
-        return "", "; ".join([*tried, f"{SCRIPT.name} did not end within 110 s"])
+        return "", "; ".join([*tried, f"{SCRIPT.name} did not end within {START_S} s"])
     found = [line.partition("=")[2] for line in done.stdout.splitlines() if line.startswith("DOCKER_HOST=")]
     if not found:
         return "", "; ".join([*tried, f"{SCRIPT.name} started no engine: {(done.stderr or done.stdout)[-300:]}"])

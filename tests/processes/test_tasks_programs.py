@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.processes.engine import BASE_IMAGE, engine_host
+from tests.processes.engine import BASE_IMAGE, TEST_S, engine_host
 from tests.processes.tools import SRC, Program, wait_until
 
 from corun.tasks.profile import Point, Profile
 from corun.tasks.profiles import Profiles, Settings, Trainer, fingerprint, measure
 from corun.tasks.store import Store
+
+pytestmark = pytest.mark.timeout(TEST_S)
 
 QUALITY = {"null:service_ms=20": 40, "null:service_ms=60": 99}
 

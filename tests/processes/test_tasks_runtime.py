@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.processes.engine import BASE_IMAGE, engine_host
+from tests.processes.engine import BASE_IMAGE, TEST_S, engine_host
 from tests.processes.tools import ROOT, is_running, wait_until
 
 from corun.errors import InputError, RunFault
@@ -19,6 +19,8 @@ from corun.tasks.process_runtime import ProcessRuntime
 from corun.tasks.runtime import Handle, Limits, ReplicaSpec, Runtime
 from corun.testing.ask import Asker
 from corun.testing.host import FakeHost
+
+pytestmark = pytest.mark.timeout(TEST_S)
 
 
 @pytest.fixture(scope="module")
