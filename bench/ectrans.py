@@ -147,6 +147,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     parts: Annotated[Path | None, typer.Option(help="a split model; else the tiny one, trained")] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes of the baselines")] = 2,
+    max_new: Annotated[int, typer.Option("--max-new", min=1, help="longest answer, tokens")] = 60,
     only: Annotated[str, typer.Option(help="run these of R1 to R4 too, e.g. R1,R3")] = "",
 ) -> None:
     """Measure, store and print the figures."""
@@ -155,7 +156,12 @@ def main(
 
         split = parts or trained_parts(Path(directory) / "parts")
         settings = compare.Settings(
-            split, 2 if quick else repeats, workers, 128 if quick else 256, texts=tiny_sentences(1000)
+            split,
+            2 if quick else repeats,
+            workers,
+            128 if quick else 256,
+            max_new,
+            texts=tiny_sentences(1000),
         )
         say = typer.echo
         requests = compare.requests_for(settings, f"{settings.sentences // 8}x8")
