@@ -148,6 +148,7 @@ class Control:
             "policy": options.policy,
             "max_batch": options.max_batch,
             "max_delay_ms": options.max_delay_ns / NS_PER_MS,
+            "deadline_ms": options.deadline_ms,
             "warmup": options.warmup,
             "switch_interval_ms": options.switch_interval_s * 1000,
             "backlog_limit_bytes": options.backlog_limit,

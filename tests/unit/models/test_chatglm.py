@@ -425,3 +425,30 @@ def test_the_four_sizes_are_listed() -> None:
         f"chatglm2-{preset}" for preset in glm.PRESETS
     ]
     assert replace(glm.PRESETS["6b"]) == glm.Shape(**asdict(glm.Shape()))
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_a_streamed_text_adds_up(text: str) -> None:
+    """Whatever the characters, what each id adds makes the text, and none of it is half a character."""
+    tokenizer = glm.load_tokenizer(None)
+    stream = glm.TextStream(tokenizer)
+    added = [stream.add(token) for token in tokenizer.encode(text, special=False)]
+    assert "".join(added) == text
+    assert not any("\ufffd" in part for part in added)
+
+
+def test_pieces_keep_their_spaces_when_streamed() -> None:
+    """A piece decoded alone would lose its leading space; streamed it does not."""
+
+    class Pieces:
+        words = ("\u2581is", "\u2581it", "y", "\u2581a")
+
+        def get_piece_size(self) -> int:
+            return 10
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(self.words[i - 3] for i in ids).replace("\u2581", " ").removeprefix(" ")
+
+    stream = glm.TextStream(glm.Tokenizer(Pieces(), "fake"))
+    assert [stream.add(i) for i in (3, 4, 5, 6)] == ["is", " it", "y", " a"]
