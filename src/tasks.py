@@ -6,6 +6,7 @@ python src/tasks.py plan --measure        python src/tasks.py up        python s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,9 @@ import typer
 from corun.errors import guard
 from corun.tasks import cli
 from corun.tasks.profiles import Trainer
-from corun.tasks.supervisor import UpOptions
+from corun.tasks.runtime import Runtime
+from corun.tasks.store import Store
+from corun.tasks.supervisor import UpOptions, runtimes_here
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
@@ -109,12 +112,25 @@ def up(
     page_host: Annotated[str, typer.Option(help="other than loopback needs --token")] = "127.0.0.1",
     token: Annotated[str | None, typer.Option(envvar="CORUN_TOKEN", help="password of the page")] = None,
     out: Annotated[Path | None, typer.Option(help="logs, rows and reports; default: beside the registry")] = None,
+    launch: Annotated[
+        str | None, typer.Option(help='processes on a cluster: a config.json with "launch", or that object')
+    ] = None,
     store: Registry = None,
 ) -> None:
     """Serve the tasks until Ctrl-C or `down`: router, replicas, restarts, scaling."""
     options = UpOptions(tuple(task or ()), host, port, image, checkout, out)
     site = (page_host, page, token) if page is not None else None
-    _do(store, lambda opened: cli.up(opened, options, site, replan))
+    _do(store, lambda opened: cli.up(opened, options, site, replan, _elsewhere(launch, opened, options)))
+
+
+def _elsewhere(launch: str | None, opened: Store, options: UpOptions) -> Callable[[str], Runtime] | None:
+    """Runtimes on the nodes of a cluster; None without --launch, before which nothing of it is imported."""
+    if launch is None:
+        return None
+    from corun.launch.arguments import launch_of
+    from corun.launch.ray_runtime import placed
+
+    return placed(launch_of(launch), runtimes_here(opened, options))
 
 
 @app.command()

@@ -315,3 +315,22 @@ def test_replicas_of_the_control_plane_run_on_nodes(cluster: Cluster, free_port:
     assert running.endswith("is running True True")
     assert stopped.startswith("False exited with 0")
     assert killed == "was killed by SIGKILL"
+
+
+def test_tasks_are_served_on_the_nodes(cluster: Cluster, start: Start, tmp_path: Path) -> None:
+    """`tasks.py up --launch` keeps the replicas on the placed node; they are asked through the router here."""
+    environment = {**cluster.environment, "CORUN_TASKS": str(tmp_path / "tasks.sqlite")}
+    shared = {"prefix": cluster.clients.prefix, **environment}
+
+    def tasks(*words: object) -> str:
+        done = start("tasks.py", *words, **shared)
+        assert done.wait() == 0, done.output()
+        return done.output()
+
+    tasks("register", "echo", "--kind", "null", "--model", "null")
+    supervisor = start("tasks.py", "up", "--launch", json.dumps(_launch(cluster)), **shared)
+    wait_until(lambda: '"state": "ready"' in tasks("status", "--json") or supervisor.popen.poll() is not None, 90)
+    assert "OK" in tasks("infer", "echo"), supervisor.output()
+    assert cluster.servers.address in tasks("status", "--json")
+    tasks("down")
+    assert supervisor.wait() == 0, supervisor.output()

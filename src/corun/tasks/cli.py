@@ -26,6 +26,7 @@ from corun.tasks.priorities import Placement
 from corun.tasks.profiles import Settings, Trainer
 from corun.tasks.replan import Context, replanning
 from corun.tasks.replies import readable
+from corun.tasks.runtime import Runtime
 from corun.tasks.statistics import Statistics
 from corun.tasks.store import Replica, Store, default_path
 from corun.tasks.task import Task, make
@@ -267,9 +268,16 @@ def _print_choice(task: Task, choice: Choice) -> None:
 
 
 def up(
-    store: Store, options: supervisor.UpOptions, page: tuple[str, int, str | None] | None, replan_s: float
+    store: Store,
+    options: supervisor.UpOptions,
+    page: tuple[str, int, str | None] | None,
+    replan_s: float,
+    runtimes: Callable[[str], Runtime] | None = None,
 ) -> None:
-    """Serve every task until Ctrl-C, `down` or a signal; with a page, and planning again every replan_s, if asked."""
+    """Serve every task until Ctrl-C, `down` or a signal; with a page, and planning again every replan_s, if asked.
+
+    runtimes: makes a runtime by name where the replicas do not run on this machine.
+    """
     if not store.all():
         raise InputError(f"no tasks in {store.path}: register one first")
     for id in options.tasks:
@@ -281,7 +289,7 @@ def up(
             SAY.print(f"the page is at {stack.enter_context(in_background(store, *page))}")
         if replan_s > 0:
             stack.enter_context(replanning(store.path, replan_s, SAY.print))
-        supervisor.Supervisor(store, options).run(stop)
+        supervisor.Supervisor(store, options, runtimes=runtimes).run(stop)
 
 
 def status(store: Store, watch: bool, as_json: bool) -> None:

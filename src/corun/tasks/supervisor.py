@@ -84,6 +84,12 @@ def _print(line: str) -> None:
     print(line, flush=True)
 
 
+def runtimes_here(store: Store, options: UpOptions) -> Callable[[str], Runtime]:
+    """Makes the runtimes of this machine by name; what they start carries the store as its owner."""
+    owner = str(store.path.resolve())
+    return lambda name: make_runtime(name, options.image, options.checkout, owner=owner)
+
+
 class Supervisor:
     """Everything that `tasks.py up` keeps alive; `run` is its loop, in the caller's thread.
 
@@ -103,15 +109,11 @@ class Supervisor:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         self.directory = self.options.directory or store.path.with_suffix("") / stamp
         self._say = say
-        self._make = runtimes or self._make_runtime
+        self._make = runtimes or runtimes_here(store, self.options)
         self._runtimes: dict[str, Runtime] = {}
         self._leaving: list[Service] = []
         self._told: set[str] = set()
         self._next_port = self.options.port
-
-    def _make_runtime(self, name: str) -> Runtime:
-        options = self.options
-        return make_runtime(name, options.image, options.checkout, owner=str(self.store.path.resolve()))
 
     # The loop
 
@@ -126,7 +128,15 @@ class Supervisor:
             finally:
                 self._end(kill=True)
                 pool.shutdown()
+                self._close_runtimes()
                 self._write_live(up=False)
+
+    def _close_runtimes(self) -> None:
+        """Of those that hold something: a connection to an engine, agents on other nodes."""
+        for runtime in self._runtimes.values():
+            close = getattr(runtime, "close", None)
+            if close:
+                close()
 
     def _watch(self, stop: StopRequest, pool: ThreadPoolExecutor, sockets: Path) -> None:
         again_s = live_s = 0.0
