@@ -114,7 +114,12 @@ def run(question: Question, setup: Setup, options: Options, programs: Programs) 
             interrupted = False
         except _Interrupted:
             interrupted = True
-    return Outcome(tuple(results), best([result.answer for result in results], question), planner, interrupted)
+    return Outcome(
+        tuple(results),
+        best([result.answer for result in results], question),
+        planner,
+        interrupted or programs.stopped(),
+    )
 
 
 def describe(question: Question, setup: Setup, options: Options) -> Iterator[str]:
