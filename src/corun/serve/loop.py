@@ -223,7 +223,9 @@ def main(
         load = Load(model, {key: value for key, value in given.items() if value is not None})
         engine = load_engine(load, placement, threads)
         side = image_size or chosen.image_size or DataOptions().image_size
-        payloads = registry.request_payloads(data, DataOptions(image_size=side, count=count, seed=seed))
+        payloads = registry.request_payloads(
+            registry.fitting_data(data, chosen.task), DataOptions(image_size=side, count=count, seed=seed)
+        )
         options = LoopOptions(name or model, batch_size, train_model)
         table = TableWriter(out / "infer_loop" / f"{options.name}.csv", INFER_LOOP, append=True) if out else None
         loop = InferenceLoop(engine, payloads, options, table)
