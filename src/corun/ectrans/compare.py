@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Condition:
-    """One way of serving. batch: sentences in a package; partition: what the client sends."""
+    """One way of serving. batch: sentences in a package; partition: what the client sends; threads: a process'."""
 
     name: str
     executor: str = STREAMS
@@ -70,11 +70,17 @@ class Condition:
     partition: str = "text"
     reload: bool = False
     start: str = "spawn"
+    threads: int = 1
 
     def options(self, settings: Settings) -> ServiceOptions:
         """The server of this condition; one pool, no classes, as published."""
         model = Model(
-            settings.parts, self.decoder, max_new=settings.max_new, slots=self.batch, reload=self.reload, threads=1
+            settings.parts,
+            self.decoder,
+            max_new=settings.max_new,
+            slots=self.batch,
+            reload=self.reload,
+            threads=self.threads,
         )
         shape = Shape(self.executor, self.workers, max_items=self.batch, start=self.start)
         rules = Rules(self.policy, self.packing, Limits(self.batch), rt_share=0.0, batch_threshold=0)
