@@ -210,36 +210,15 @@ def page(figures: Mapping[str, Any], seconds: float, repeats: int) -> str:
     return "\n\n".join(parts)
 
 
+COLUMNS = ("services", "epoch s", "epoch x", "asked/s", "answered/s", "p50 ms", "p95 ms", "p99 ms", "p99 x", "MiB")
+
+
 def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = (
-        "services",
-        "epoch s",
-        "epoch x",
-        "asked/s",
-        "answered/s",
-        "p50 ms",
-        "p95 ms",
-        "p99 ms",
-        "p99 x",
-        "MiB",
-    )
-    return markdown(columns, [_cells(row["services"], row) for row in rows])
+    return markdown(COLUMNS, [_cells(row["services"], row) for row in rows])
 
 
 def _combinations(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = (
-        "services",
-        "epoch s",
-        "epoch x",
-        "asked/s",
-        "answered/s",
-        "p50 ms",
-        "p95 ms",
-        "p99 ms",
-        "p99 x",
-        "MiB",
-    )
-    return markdown(columns, [_cells(names, row) for names, row in rows.items()])
+    return markdown(COLUMNS, [_cells(names, row) for names, row in rows.items()])
 
 
 def _cells(first: Any, row: Mapping[str, Any]) -> tuple[Any, ...]:
