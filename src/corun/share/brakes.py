@@ -45,6 +45,10 @@ class Brakes:
     _arrived_ns: int = 0
     _released_ns: int = 0
 
+    def begin(self) -> None:
+        """What lies behind was not work: time between two measured windows is never paid back as rest."""
+        self.owed_ns, self._released_ns = 0.0, 0
+
     def arrive(self, now_ns: int, duty: float) -> None:
         """The trainer came to a stop: it owes rest for the work since it was released."""
         work_ns = now_ns - self._released_ns if self._released_ns else 0

@@ -94,12 +94,22 @@ class PageGate:
         self._wheel: Wheel | None = None
         self._wheels: dict[Mode, Wheel] = {}
         self._in_micro = False
+        self._fresh = False
         self._released_ns = 0
         self._step_ns = 0.0
+
+    def begin(self) -> None:
+        """A measured window is about to begin: the pause before it was neither work nor load."""
+        self._brakes.begin()
+        self._in_micro = False
+        self._fresh = True
 
     def wait(self, boundary: str) -> None:
         """Return when the trainer may go on; `boundary` is step, micro or layer."""
         now = self._clock()
+        if self._fresh and self._wheel:
+            self._wheel.begin(now)
+        self._fresh = False
         if self._in_micro:
             self._measure(now - self._released_ns)
         if boundary == "step":

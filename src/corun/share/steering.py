@@ -152,11 +152,15 @@ class Wheel:
         self._base = page.knobs
         self._micro_max = micro_max
 
-    def resume(self, now: int) -> None:
-        """The mode is switched on again: what was learned stays, windows begin now, the base is the page's."""
-        self._base = self._page.knobs
+    def begin(self, now: int) -> None:
+        """All windows begin now; what was learned stays."""
         for watch in self._watches:
             watch.begin(now)
+
+    def resume(self, now: int) -> None:
+        """The mode is switched on again: windows begin now, the base is the page's."""
+        self._base = self._page.knobs
+        self.begin(now)
 
     def turn(self, now: int, micro: int, step_ms: float) -> Knobs | None:
         """New knobs when a window ended, else None."""

@@ -43,6 +43,9 @@ class Gate(Protocol):
 
     attend: Callable[[], bool]
 
+    def begin(self) -> None:
+        """A measured window is about to begin after a pause that was no work."""
+
     def wait(self, boundary: str) -> None:
         """Return when the trainer may go on from a step, micro or layer boundary."""
 
@@ -69,6 +72,9 @@ class OpenGate:
     def __init__(self) -> None:
         self.attend: Callable[[], bool] = lambda: False
         self._knobs = Fixed()
+
+    def begin(self) -> None:
+        """Nothing was counted."""
 
     def wait(self, boundary: str) -> None:
         """Go on."""

@@ -128,7 +128,8 @@ class Trainer:
         return ArrivalBatches(self.data, arrivals, options.batch_size, options.seed, publish)
 
     def begin(self, start_ns: int) -> None:
-        """The measured window, hence the arrivals' schedule, begins at this instant."""
+        """The measured window, hence the arrivals' schedule, begins at this instant; the pause before was no work."""
+        self.gate.begin()
         if isinstance(self.batches, ArrivalBatches):
             self.batches.arrivals.begin(start_ns)
 

@@ -66,6 +66,45 @@ def test_a_free_trainer_is_never_held(page: Page) -> None:
     assert gate.report()["gate_stops"] == 3
 
 
+def test_the_pause_between_two_windows_is_not_paid_back_as_rest(page: Page) -> None:
+    """A throttled trainer that waited a minute for its next window starts it at once, and rests for its own work only."""
+    time = Time()
+    gate = _gate(page, time)
+    page.set_knobs(Knobs(duty=0.5))
+    gate.wait("step")
+    time.advance(60 * NS_PER_S)
+    gate.begin()
+    gate.wait("step")
+    assert time.slept == []
+    time.advance(100 * NS_PER_MS)
+    gate.wait("step")
+    assert sum(time.slept) == pytest.approx(100 * NS_PER_MS, rel=0.01)
+
+
+def test_a_window_of_observations_begins_with_the_measured_one(page: Page) -> None:
+    """What lies before the measured window, load or silence, is not judged in it."""
+    time, seen = Time(), []
+
+    class Recording:
+        window_s = 1.0
+        first = Wish()
+
+        def steer(self, window: Window, micro: int, step_ms: float) -> Wish:
+            seen.append(window.length_s)
+            return Wish()
+
+    gate = _gate(page, time, steerings={Mode.SLO: Recording})
+    page.mode = Mode.SLO
+    gate.wait("step")
+    time.advance(60 * NS_PER_S)
+    gate.begin()
+    gate.wait("step")
+    assert seen == []
+    time.advance(2 * NS_PER_S)
+    gate.wait("step")
+    assert seen == [2.0]
+
+
 def test_preempt_waits_for_the_last_reply(page: Page) -> None:
     """The trainer goes on exactly when nothing is pending any more, and the time it was held is counted."""
     time = Time()
