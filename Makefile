@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml
 demo: install
 	$(RUN) src/main.py --demo
 
+# Two files at a time: many tests wait for processes more than they compute.
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(VENV)/bin/ruff check .

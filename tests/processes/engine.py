@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from contextlib import closing
 from functools import cache
 from pathlib import Path
@@ -34,7 +36,9 @@ def _find() -> tuple[str, str]:
     if not (SCRIPT.exists() and shutil.which("bash")):
         return "", "; ".join([*tried, "no container engine: set DOCKER_HOST, or CORUN_TEST_ENGINE to a script"])
     try:
-        done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=START_S)
+        with open(Path(tempfile.gettempdir()) / "corun-test-engine.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # test workers side by side must not install it twice at once
+            done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=START_S)
     except subprocess.TimeoutExpired:
         return "", "; ".join([*tried, f"{SCRIPT.name} did not end within {START_S} s"])
     found = [line.partition("=")[2] for line in done.stdout.splitlines() if line.startswith("DOCKER_HOST=")]
