@@ -94,3 +94,19 @@ def test_compare_writes_ratios(start: Start, split: Path, tmp_path: Path) -> Non
     assert tuple(written[0]) == RATIOS
     assert [row["metric"] for row in written] == ["total_s", "p50_ms"]
     assert body["ratios"][0]["n"] == 2
+
+
+@pytest.mark.timeout(240)
+def test_training_beside_the_pipeline_is_compared_in_turns(start: Start, split: Path, tmp_path: Path) -> None:
+    """corun gives latency with over without training, and the training's own speed; without a job it is refused."""
+    options = ("--parts", split, "--repeats", 2, "--sentences", 16, "--max-new", 4, "--out", tmp_path)
+    job = ("--with-train", "squeezenet1_1", "--train-batch-size", 2)
+    body = last(start("ectrans.py", "compare", "corun", *options, *job))
+    found = {(one["a"], one["metric"]): one for one in body["ratios"]}
+    speeds = [one for (_, metric), one in found.items() if metric == "steps/s"]
+    assert len(speeds) == 3
+    assert all(one["median"] >= 0 and one["n"] == 2 for one in speeds)
+    assert found["pipeline, training", "total_s"]["median"] > 0
+    refused = start("ectrans.py", "compare", "corun", *options)
+    assert refused.wait() == 2
+    assert "--with-train" in refused.output()

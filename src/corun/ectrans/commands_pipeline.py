@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from corun import registry
 from corun.clock import NS_PER_MS
 from corun.ectrans import mixes, simulate
 from corun.ectrans.scheduler import Rules
@@ -153,7 +154,7 @@ def read_texts(path: Path | None, seed: int, count: int = 1000) -> list[str]:
 
 
 def compare(
-    matrix: Annotated[str, typer.Argument(help="R1 to R6, several by commas, all, or a JSON file of conditions")],
+    matrix: Annotated[str, typer.Argument(help="R1 to R6, corun, several by commas, all, or a JSON file")],
     parts: Annotated[Path, typer.Option(help="directory made by split")],
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[Path, typer.Option(help="directory for ratios.csv")] = Path("result/ectrans"),
@@ -162,12 +163,17 @@ def compare(
     text: Annotated[Path | None, typer.Option(help="sentences, one a line; else made ones")] = None,
     max_new: Annotated[int, typer.Option("--max-new", min=1)] = 60,
     seed: Annotated[int, typer.Option()] = 0,
+    with_train: Annotated[str, typer.Option("--with-train", help="corun: model to train beside")] = "",
+    train_batch: Annotated[int, typer.Option("--train-batch-size", min=1)] = 16,
 ) -> None:
     """Measure conditions in turns and write the ratios with their intervals."""
     with guard():
         from corun.ectrans.compare import Settings, run, write
 
-        settings = Settings(parts, repeats, workers, sentences, max_new, seed, read_texts(text, seed))
+        texts = read_texts(text, seed)
+        if with_train:
+            registry.model(with_train)
+        settings = Settings(parts, repeats, workers, sentences, max_new, seed, texts, with_train, train_batch)
         ratios = run(matrix, settings, _say)
         write(out, ratios)
         print(json.dumps({"ratios": [ratio.body() for ratio in ratios], "out": str(out)}))

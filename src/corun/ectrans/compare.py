@@ -6,6 +6,7 @@
     R4  overall        the same requests from the same clients under each way of serving
     R5  steps          one improvement switched on after the other
     R6  hand-off       one 64 x 40 x 512 hidden state between two processes
+    corun              the fair baseline, the pipeline and streams with a training job beside them and without
 
 Every server of a comparison is loaded, warmed up and has answered a few requests before anything is timed; then conditions
 take turns, in reversed order every other repeat, so that a slow minute of the machine hits all of them. Servers that
@@ -25,7 +26,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from corun.clock import NS_PER_S, now_ns
 from corun.ectrans import client, mixes
+from corun.ectrans.beside import Trainer
 from corun.ectrans.engines import CONTINUOUS, NO_CACHE, STATIC, Model
 from corun.ectrans.executors import MULTIPROCESS, MULTITASK, PIPELINE, STREAMS, Shape
 from corun.ectrans.scheduler import Rules
@@ -45,7 +48,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Settings:
-    """What every comparison is made with. sentences: total of the larger loads."""
+    """What every comparison is made with. sentences: total of the larger loads. train: model of the job beside, or ""."""
 
     parts: Path
     repeats: int = 5
@@ -54,6 +57,8 @@ class Settings:
     max_new: int = 60
     seed: int = 0
     texts: Sequence[str] = ()
+    train: str = ""
+    train_batch: int = 16
 
 
 @dataclass(frozen=True)
@@ -422,6 +427,47 @@ def r6(settings: Settings, say: Say) -> list[Ratio]:
     ]
 
 
+def corun(settings: Settings, say: Say) -> list[Ratio]:
+    """With training over without: total and median sojourn of each way of serving, and the training's steps a second.
+
+    Loads with and without training take turns on the same servers; the trainer alone is measured once a repeat, as
+    long as the load before it.
+    """
+    count = settings.workers
+    conditions = [fair(count), Condition("pipeline", PIPELINE, 1, packing="cost", policy="hrrn"), best()]
+    load = requests_for(settings, _clients(settings))
+    without = {one.name: Measured(one) for one in conditions}
+    beside = {one.name: Measured(replace(one, name=f"{one.name}, training")) for one in conditions}
+    servers: list[Served] = []
+    try:
+        servers += [Served(condition, settings) for condition in conditions]
+        for server in servers:
+            server.load(load[:WARM_UP_REQUESTS])
+        with Trainer(settings.train, settings.train_batch) as trainer:
+            for repeat, server in itertools.product(range(settings.repeats), servers):
+                name = server.condition.name
+                without[name].runs.append(server.load(load))
+                beside[name].runs.append(_beside(trainer, server, load))
+                say(f"{repeat + 1}/{settings.repeats} {name}: {beside[name].runs[-1]['train_x']:.2f} of the training")
+    finally:
+        for server in servers:
+            server.stop()
+    return [ratio(beside[name], without[name], metric) for name in without for metric in ("total_s", "p50_ms")] + [
+        ratio_of(f"{name}, training", "training alone", "steps/s", [run["train_x"] for run in beside[name].runs])
+        for name in without
+    ]
+
+
+def _beside(trainer: Trainer, server: Served, load: Sequence[client.Request]) -> Figures:
+    """One load while the trainer runs; train_x: its steps a second over those alone."""
+    with trainer.running():
+        start_ns = now_ns()
+        figures = server.load(load)
+        stop_ns = now_ns()
+    alone = trainer.alone((stop_ns - start_ns) / NS_PER_S)
+    return figures | {"train_x": trainer.steps_per_s(start_ns, stop_ns) / alone if alone else float("nan")}
+
+
 COMPARISONS: Mapping[str, Callable[[Settings, Say], list[Ratio]]] = {
     "R1": r1,
     "R2": r2,
@@ -440,13 +486,14 @@ def run(matrix: str, settings: Settings, say: Say = print) -> list[Ratio]:
     path = Path(matrix)
     if path.suffix == ".json":
         return _from_file(path, settings, say)
-    names = list(COMPARISONS) if matrix == "all" else matrix.split(",")
+    known = dict(COMPARISONS) | ({"corun": corun} if settings.train else {})
+    names = list(known) if matrix == "all" else matrix.split(",")
     for name in names:
-        if name not in COMPARISONS:
-            raise InputError(
-                f'comparison "{name}" is not one of {", ".join(COMPARISONS)}{suggest(name, COMPARISONS)}'
-            )
-    return [one for name in names for one in COMPARISONS[name](settings, say)]
+        if name == "corun" and not settings.train:
+            raise InputError("corun needs a training job: --with-train MODEL")
+        if name not in known:
+            raise InputError(f'comparison "{name}" is not one of {", ".join(known)}{suggest(name, known)}')
+    return [one for name in names for one in known[name](settings, say)]
 
 
 def _from_file(path: Path, settings: Settings, say: Say) -> list[Ratio]:
