@@ -2,7 +2,7 @@
 
     memory                           PSS of the server's and the learner's process together beyond that of the same
                                      with a network of 3 MiB: one shared base against two copies
-    alone, process, thread, none     median TPOT of prompts answered one at a time, and the learner's ms per step
+    alone, corun_<sharing>           median TTFT and TPOT of prompts answered one at a time, the learner's ms per step
     solo, static, continuous         tokens/s of prompts one after another, and all handed in at once
     fifo, sjf, edf, hrrn             tasks of 16, 128 or 256 sentences that arrive as in the Azure trace at 80 % load,
                                      in virtual time
@@ -94,30 +94,35 @@ def _hold(shared: Any, mode: str, connection: Any) -> None:
 # Time
 
 
-def median_tpot_ms(base: Any, count: int, new_tokens: int) -> float:
-    """Median time per token over prompts answered one after another by a fresh static engine."""
+def median_times_ms(base: Any, count: int, new_tokens: int) -> tuple[float, float]:
+    """Median (TTFT, TPOT) over prompts answered one after another by a fresh static engine."""
     engine = StaticEngine(adapters.attach(tree(base), adapters.SERVE, base))
     engine.start()
     try:
-        done = [engine.submit(prompt).result() for prompt in prompts(count + 1, new_tokens)]
+        tickets = []
+        for prompt in prompts(count + 1, new_tokens):
+            tickets.append(engine.submit(prompt))
+            tickets[-1].result()
     finally:
         engine.close()
-    return statistics.median(one.tpot_ms or 0.0 for one in done[1:])
+    measured = [(ticket.result(), ticket.arrived_ns) for ticket in tickets[1:]]
+    ttft = statistics.median(answer.ttft_ms(arrived_ns) or 0.0 for answer, arrived_ns in measured)
+    return ttft, statistics.median(answer.tpot_ms or 0.0 for answer, _ in measured)
 
 
-def beside(base: Any, shared: Any, mode: str, count: int, new_tokens: int) -> tuple[float, float | None]:
-    """(TPOT ms, learner's ms per step) with a learner in `mode` that trains throughout, or without one."""
+def beside(base: Any, shared: Any, mode: str, count: int, new_tokens: int) -> tuple[float, float, float | None]:
+    """(TTFT, TPOT, learner's ms per step) with a learner in `mode` that trains throughout, or without one."""
     if mode == ALONE:
-        return median_tpot_ms(base, count, new_tokens), None
+        return *median_times_ms(base, count, new_tokens), None
     learner: LearnerHandle = start_learner(shared, base, Job(EXAMPLES, LearnOptions(batch_size=2)), mode)
     try:
         learner.train(MANY_STEPS)
-        tpot = median_tpot_ms(base, count, new_tokens)
+        ttft, tpot = median_times_ms(base, count, new_tokens)
         steps = learner.report()[1:]
     finally:
         learner.stop()
     taken = [(step.t_end_ns - step.t_start_ns) / NS_PER_MS for step in steps]
-    return tpot, statistics.median(taken) if taken else None
+    return ttft, tpot, statistics.median(taken) if taken else None
 
 
 def tokens_per_s(engine: Engine, new_tokens: int, together: bool = True) -> float:
@@ -178,6 +183,10 @@ def medians(rows: list[dict[str, float]], digits: int) -> dict[str, float]:
     return {name: round(statistics.median(row[name] for row in rows), digits) for name in rows[0]}
 
 
+def _condition(mode: str) -> str:
+    return mode if mode == ALONE else f"corun_{mode}"
+
+
 def main(
     preset: Annotated[str, typer.Option(help="of the times: tiny, small, mid or 6b")] = "small",
     memory_preset: Annotated[str, typer.Option(help="of the memory")] = "mid",
@@ -199,11 +208,13 @@ def main(
         shared = share(load_base(preset=preset), Path(directory))
         base = shared.open()
         tpots: dict[str, list[float]] = {mode: [] for mode in (ALONE, *MODES)}
+        ttfts: dict[str, list[float]] = {mode: [] for mode in tpots}
         steps: dict[str, list[float]] = {mode: [] for mode in MODES}
         speeds: list[dict[str, float]] = []
         for turn in range(rounds):
             for mode in list(tpots) if turn % 2 == 0 else list(tpots)[::-1]:
-                tpot, step = beside(base, shared, mode, count, new_tokens)
+                ttft, tpot, step = beside(base, shared, mode, count, new_tokens)
+                ttfts[mode].append(ttft)
                 tpots[mode].append(tpot)
                 steps.get(mode, []).extend([] if step is None else [step])
             speeds.append(throughputs(base, new_tokens))
@@ -218,13 +229,26 @@ def main(
             **{f"memory_mib_{mode}": round(mib, 1) for mode, mib in memory.items()},
             "base_mib": round(base_bytes(base) / 2**20, 1),
             "continuous_vs_solo_tokens_per_s": round(speed["continuous"] / speed["solo"], 2),
-            "continuous_vs_static_tokens_per_s": round(speed["continuous"] / speed["static"], 2),
-            **{f"tpot_ms_{mode}": round(statistics.median(values), 3) for mode, values in tpots.items()},
-            **{f"step_ms_{mode}": round(statistics.median(values), 1) for mode, values in steps.items() if values},
-            **{f"tokens_per_s_{name}": value for name, value in speed.items()},
-            **policy,
+            "static_vs_solo": round(speed["static"] / speed["solo"], 2),
+            "tokens_per_s": speed,
+            "ttft_ms": {_condition(mode): round(statistics.median(values), 3) for mode, values in ttfts.items()},
+            "tpot_ms": {_condition(mode): round(statistics.median(values), 3) for mode, values in tpots.items()},
+            "step_ms": {
+                _condition(mode): round(statistics.median(values), 1) for mode, values in steps.items() if values
+            },
+            "policies": {
+                mode: {name: policy[f"{name}_{mode}"] for name in ("mean_s", "p99_s", "missed")} for mode in POLICIES
+            },
+            **{name: policy[name] for name in ("sjf_vs_fifo_mean", "edf_vs_fifo_missed", "hrrn_vs_sjf_p99")},
         }
-        details = {"tpot_ms": tpots, "step_ms": steps, "tokens_per_s": speeds, "policies": drawn, "pss_mib": pss}
+        details = {
+            "ttft_ms": ttfts,
+            "tpot_ms": tpots,
+            "step_ms": steps,
+            "tokens_per_s": speeds,
+            "policies": drawn,
+            "pss_mib": pss,
+        }
         store("llm_quick" if quick else "llm", figures, details)
         last_line(figures)
 
