@@ -492,7 +492,10 @@ def run(matrix: str, settings: Settings, say: Say = print) -> list[Ratio]:
         if name == "corun" and not settings.train:
             raise InputError("corun needs a training job: --with-train MODEL")
         if name not in known:
-            raise InputError(f'comparison "{name}" is not one of {", ".join(known)}{suggest(name, known)}')
+            names_known = [*COMPARISONS, "corun"]
+            raise InputError(
+                f'comparison "{name}" is not one of {", ".join(names_known)}{suggest(name, names_known)}'
+            )
     return [one for name in names for one in known[name](settings, say)]
 
 
