@@ -19,14 +19,14 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from bench.common import last_line, store
+from bench.common import fill, last_line, markdown, store
 from corun.errors import guard
 from corun.launch.calibrate import free_port
 from corun.launch.stage import Stages
@@ -37,6 +37,7 @@ from corun.plan.estimate import percentile_of
 from corun.plan.measured import Condition, Profile, Window, sojourns
 from corun.plan.planner import Machine, Planner
 from corun.plan.question import Candidate, Job, Question, Slo, make_candidates
+from corun.registry import home
 from corun.share.foreign import DIRTY_CORES
 
 MODELS = ("mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "resnet18", "mnasnet0_5", "yolov5n")
@@ -117,6 +118,8 @@ def main(
         disturbed = [window for window in measured.windows() if window.foreign_cores > DIRTY_CORES]
         details["disturbed_windows"] = len(disturbed)
         store("plan_quick" if quick else "plan", figures, details)
+        if not quick:
+            fill(home() / "docs" / "plan.md", "measured", page(figures, details["answers"]))
         print(table(answered), flush=True)
         if disturbed:
             print(
@@ -317,6 +320,26 @@ def raw(window: Window) -> dict[str, Any]:
 
 def _rounded(value: float | None) -> float | None:
     return round(value, 3) if value is not None and np.isfinite(value) else None
+
+
+def page(figures: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> str:
+    """The figures as a table, with what one fixed answer to all questions would have got: the easy way to be close."""
+    largest = [int(one["truth"]) for one in answers]
+    fixed = max(range(LARGEST + 1), key=largest.count)
+    rows = [
+        ("planner", figures["exact"], figures["within_one"], figures["runs_used"]),
+        (f"always {fixed}", largest.count(fixed), sum(abs(one - fixed) <= 1 for one in largest), 0),
+        ("measuring everything", figures["cases"], figures["cases"], figures["runs_exhaustive"]),
+    ]
+    seen = ", ".join(f"{largest.count(size)} times {size}" for size in sorted(set(largest)))
+    return "\n".join(
+        [
+            f"{figures['cases']} questions; the largest set that kept the bound had {seen} services. Planned sets that died or",
+            f"did not fit into memory: {figures['violations']}; over their bound in their own window: {figures['slo_missed']}.",
+            "",
+            markdown(("answers", "exact", "exact or one away", "windows measured"), rows),
+        ]
+    )
 
 
 def table(answered: Sequence[Answered]) -> str:
