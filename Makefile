@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install demo test lint bench clean check
+.PHONY: install demo test fuzz lint bench clean check
 
 install: $(VENV)/.installed
 
@@ -20,6 +20,10 @@ demo: install
 # Two files at a time: many tests wait for processes more than they compute.
 test: install
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# Property tests with examples that no run saw before.
+fuzz: install
+	$(RUN) -m pytest -n 2 -m hypothesis --hypothesis-profile=fuzz
 
 lint: install
 	$(VENV)/bin/ruff check .

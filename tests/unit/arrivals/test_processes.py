@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corun.arrivals.legacy import Legacy
@@ -219,12 +219,15 @@ def test_a_step_is_poisson_at_one_rate_inside_and_at_another_outside() -> None:
     ),
     st.floats(1, 100),
 )
+@example(Step(6.0, 0.125, 0.00390625, 11.0), 3.0)
 @settings(max_examples=60, deadline=None)
 def test_cumulative_is_the_integral_of_the_intensity(
     process: Poisson | Sine | Ramp | Step, duration_s: float
 ) -> None:
     """The closed form agrees with a numerical integral, never falls, and the intensity never exceeds the peak."""
-    at_s = np.linspace(0.0, duration_s, 20_001)
+    jumps = [process.from_s, process.until_s] if isinstance(process, Step) else []
+    both_sides = np.clip([*jumps, *np.nextafter(jumps, -1.0)], 0.0, duration_s)
+    at_s = np.union1d(np.linspace(0.0, duration_s, 20_001), both_sides)
     intensity = process.intensity(at_s, duration_s)
     steps = np.diff(at_s) * (intensity[1:] + intensity[:-1]) / 2
     assert (intensity <= process.peak * (1 + 1e-12)).all()
