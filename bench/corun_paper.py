@@ -7,8 +7,8 @@
 
 Three trainers stand for the paper's three: one that waits for its data loader (the regime of the paper's figures, where
 the device idles), one small and one heavy. Processes live through all windows of a trainer; sets with and without training
-alternate on the same arrivals. Percentiles pool the sojourns of all services of a set; where they are too few for a
-percentile, the cell is empty.
+alternate on the same arrivals. Percentiles pool the sojourns of all services and windows of a set, and a set gets as many
+windows as its p99 needs requests (not with --quick: too few leave a cell empty).
 
     python -m bench.corun_paper [--quick]        writes docs/corun-paper.md too, unless --quick
 """
@@ -16,6 +16,7 @@ percentile, the cell is empty.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,15 @@ from bench.common import fill, last_line, machine, markdown, store
 from corun.errors import guard
 from corun.launch.stage import Observation, Stage
 from corun.run import config as configs
-from corun.stats.percentiles import percentile_of
+from corun.stats.percentiles import percentile_of, sample_floor
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "corun-paper.md"
 
 SERVICES = ("mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "resnet18")
 SIZE, RATE = 64, 30.0
 AZURE_S = 17.0
+PER_SERVICE = {"poisson": RATE, "azure": 8.5, "legacy": 24.0}
+"""Requests/s to expect of each service: the packaged trace's first seconds, and what one in flight comes to."""
 TRAINERS: dict[str, dict[str, Any]] = {
     "loader-bound": {
         "arch": "mobilenet_v3_small",
@@ -77,13 +80,14 @@ def main(
         trainers = [MIDDLE] if quick else list(TRAINERS)
         nested = [SERVICES[:count] for count in range(len(SERVICES) + 1)]
         figures: dict[str, Any] = {"nested": {}}
+        enough = 0 if quick else sample_floor(99)
         for trainer in trainers:
-            seen = _measure(trainer, "poisson", nested, repeats, seconds)
+            seen = _measure(trainer, "poisson", nested, repeats, seconds, enough)
             figures["nested"][trainer] = _by_size(seen)
-        figures["combinations"] = _by_set(_measure(MIDDLE, "poisson", list(_sets(quick)), 1, seconds))
+        figures["combinations"] = _by_set(_measure(MIDDLE, "poisson", list(_sets(quick)), 1, seconds, enough))
         if not quick:
-            figures["azure"] = _by_size(_measure(MIDDLE, "azure", nested, 1, AZURE_S))
-            figures["legacy"] = _by_size(_measure(MIDDLE, "legacy", nested, 1, seconds))
+            figures["azure"] = _by_size(_measure(MIDDLE, "azure", nested, 1, AZURE_S, enough))
+            figures["legacy"] = _by_size(_measure(MIDDLE, "legacy", nested, 1, seconds, enough))
         store("corun_paper", figures, {"quick": quick, "seconds": seconds, "repeats": repeats, **_setting()})
         if not quick:
             fill(PAGE, "measured", page(figures, seconds, repeats))
@@ -114,15 +118,23 @@ def _pair(trainer: str, load: str) -> configs.Pair:
     return pair
 
 
-def _measure(trainer: str, load: str, sets: Sequence[Names], repeats: int, seconds: float) -> list[Seen]:
-    """Every set with training and without, one after the other, repeat by repeat."""
+def _measure(trainer: str, load: str, sets: Sequence[Names], repeats: int, seconds: float, enough: int) -> list[Seen]:
+    """Every set with training and without, one after the other, repeat by repeat, until it has `enough` requests."""
+    windows = {names: _windows(names, PER_SERVICE[load] * seconds, repeats, enough) for names in sets}
     seen = []
-    with Stage(_pair(trainer, load), (), repeats, seconds) as stage:
-        for repeat, names in itertools.product(range(repeats), sets):
+    with Stage(_pair(trainer, load), (), max(windows.values()), seconds) as stage:
+        for repeat, names in itertools.product(range(max(windows.values())), sets):
+            if repeat >= windows[names]:
+                continue
             alone = stage.observe(names, repeat=repeat, trains=False) if names else None
             seen.append(Seen(names, seconds, stage.observe(names, repeat=repeat), alone))
             print(f"{trainer} {load} repeat {repeat + 1}: {_line(seen[-1])}", flush=True)
     return seen
+
+
+def _windows(names: Names, requests: float, repeats: int, enough: int) -> int:
+    """Windows of a set whose services send so many requests each in one."""
+    return max(repeats, math.ceil(enough / (requests * len(names)))) if names else repeats
 
 
 def _line(seen: Seen) -> str:
@@ -131,7 +143,7 @@ def _line(seen: Seen) -> str:
 
 
 def _by_size(seen: Sequence[Seen]) -> list[dict[str, Any]]:
-    """One row per number of services, all repeats pooled."""
+    """One row per number of services, all windows pooled."""
     base = _speed([one for one in seen if not one.names])
     return [
         _row([one for one in seen if len(one.names) == size], base)
@@ -141,7 +153,8 @@ def _by_size(seen: Sequence[Seen]) -> list[dict[str, Any]]:
 
 def _by_set(seen: Sequence[Seen]) -> dict[str, dict[str, Any]]:
     base = _speed([one for one in seen if not one.names])
-    return {" + ".join(one.names): _row([one], base) for one in seen if one.names}
+    chosen = dict.fromkeys(one.names for one in seen if one.names)
+    return {" + ".join(names): _row([one for one in seen if one.names == names], base) for names in chosen}
 
 
 def _row(seen: Sequence[Seen], base: float) -> dict[str, Any]:
@@ -160,7 +173,7 @@ def _row(seen: Sequence[Seen], base: float) -> dict[str, Any]:
     with_training, without = _sojourns([one.corun for one in seen]), _sojourns(alone)
     seconds = sum(one.seconds for one in seen)
     row |= {
-        "asked_per_s": round(sum(served.rate for served in seen[0].corun.served), 2),
+        "asked_per_s": round(_asked(seen), 2),
         "requests": [len(without), len(with_training)],
         "lost": int(np.isinf(with_training).sum() + np.isinf(without).sum()),
         "answered_per_s": round(float(np.isfinite(with_training).sum()) / seconds, 2),
@@ -170,6 +183,14 @@ def _row(seen: Sequence[Seen], base: float) -> dict[str, Any]:
         row[f"p{percent}_ms"] = [_rounded(before), _rounded(after)]
         row[f"p{percent}_x"] = _rounded(after / before) if before and after else None
     return row
+
+
+def _asked(seen: Sequence[Seen]) -> float:
+    """Requests/s of the set together: as configured, or as many as the trace had."""
+    rates = [served.rate for served in seen[0].corun.served]
+    if all(rates):
+        return sum(rates)
+    return len(_sojourns([one.corun for one in seen])) / sum(one.seconds for one in seen)
 
 
 def _speed(seen: Sequence[Seen]) -> float:
@@ -198,7 +219,7 @@ def page(figures: Mapping[str, Any], seconds: float, repeats: int) -> str:
     host = machine()
     parts = [
         f"Measured by `python -m bench.corun_paper` on {host['cores']} cores of {host['cpu']}, no GPU; windows of "
-        f"{seconds:g} s, {repeats} repeats. Services: {', '.join(SERVICES)}, {SIZE} px, one thread each, random weights, "
+        f"{seconds:g} s ({AZURE_S:g} s for the trace), {repeats} or as many as a p99 needs. Services: {', '.join(SERVICES)}, {SIZE} px, one thread each, random weights, "
         f"{RATE:g} requests/s each; trainers with one thread. An epoch is {EPOCH:,} samples. ms: without / with training.",
     ]
     for trainer, rows in figures["nested"].items():

@@ -1,6 +1,6 @@
 """Does feedback hold a latency promise through a jump in load, and does training come back? Real processes.
 
-    load      10 % of a core ──┐ 40 % ┌── 10 %       Poisson; the service has one thread, the trainer what is left
+    load      10 % of a core ──┐ 40 % ┌── 10 %       Poisson; the service has one thread, the trainer all cores
     windows   5 s each; the promise is judged window by window, at the slowest request (a window has under 662)
 
     settled_after        windows of the step until all that follow in it keep the bound (goal: at most 3)
@@ -28,13 +28,21 @@ from bench.common import last_line, store
 from corun.clock import NS_PER_S
 from corun.errors import RunFault, guard
 from corun.launch.experiment import run_pair
-from corun.process import StopSignal
+from corun.process import StopSignal, available_cores
 from corun.run import config as configs
 from corun.run.directory import RunDirectory
 from corun.run.read import Run, Window, read
 
 MODEL, SIZE = "resnet18", 96
-JOB = {"arch": "resnet18", "data": "synthetic", "batch_size": 64, "image_size": 32, "num_classes": 10, "count": 512}
+JOB = {
+    "arch": "resnet18",
+    "data": "synthetic",
+    "batch_size": 64,
+    "image_size": 32,
+    "num_classes": 10,
+    "count": 512,
+    "threads": available_cores(),
+}
 LOW, HIGH = 0.1, 0.4
 WINDOW_S = 5.0
 BEFORE, DURING, AFTER = 4, 7, 4

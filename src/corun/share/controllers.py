@@ -8,8 +8,12 @@ first cuts the step finer and only then lets the trainer rest::
         micro 1 ... micro_max   duty 1 ... duty 2u       (log scale)  (linear)
 
 On a 2-core machine an AIMD on the duty alone met its bound at 0.46 of the training speed where 0.74 met it without
-any control. AIMD: Chiu & Jain 1989; the growing increase while nothing is harmed follows TGS (NSDI 2023). PI:
-velocity-free form with conditional integration against wind-up (Astrom & Hagglund, PID Controllers, 1995).
+any control. AIMD: Chiu & Jain 1989; the growing increase while nothing is harmed follows TGS (NSDI 2023); that growth
+ends below where the bound broke last is CUBIC's plateau (Ha, Rhee & Xu 2008). PI: velocity-free form with conditional
+integration against wind-up (Astrom & Hagglund, PID Controllers, 1995).
+
+The p99 of a window of a few requests is its slowest one, and a good window proves little. Both controllers therefore
+give room by the *peak*: the p99 with fast attack and slow release, which a single calm window does not clear.
 """
 
 from __future__ import annotations
@@ -24,6 +28,10 @@ from corun.share.page import Knobs
 
 CONTROLLERS: Final = ("aimd", "pi")
 FLOOR: Final = 0.05
+RELEASE_PER_S: Final = 0.85
+"""Share of the peak that is left a second later."""
+WORST: Final = 1.5
+"""Peak / bound at most: how long an overload is remembered must not depend on how bad it was."""
 _HALF: Final = 0.5
 
 
@@ -42,6 +50,8 @@ class Window:
 class State:
     """effort: the output, in [floor, 1]. The rest is the controller's memory.
 
+    peak_ms: p99 with fast attack and slow release. knee: the effort at which the bound last began to break.
+
     It starts in the middle, with the finest micro-steps and no rest: a bound that cannot be met at full effort
     would otherwise be learned from a window of ruined replies.
     """
@@ -49,6 +59,8 @@ class State:
     effort: float = _HALF
     integral: float = _HALF
     streak: int = 0
+    peak_ms: float = 0.0
+    knee: float = 1.0
 
 
 class Controller(Protocol):
@@ -57,13 +69,20 @@ class Controller(Protocol):
     def next(self, state: State, window: Window) -> State: ...
 
 
+def peak_ms(before_ms: float, window: Window, slo_ms: float) -> float:
+    """The peak after a window: its p99 (at most WORST of the bound) or what is left of the last peak."""
+    return max(min(window.p99_ms or 0.0, WORST * slo_ms), before_ms * RELEASE_PER_S**window.length_s)
+
+
 @dataclass(frozen=True)
 class Aimd:
-    """Add while p99 stays below `margin` of the bound, multiply when it exceeds the bound, hold in between.
+    """Add while the peak stays below `margin` of the bound, multiply when p99 exceeds the bound, hold in between.
 
-    The increase doubles with every further good window, up to `max_increase`: a training job is back at full speed
-    a few windows after a burst. The decrease is the overshoot itself (slo / p99), but at least `least_cut` and at
-    most `most_cut`, so one bad window is answered in one window.
+    The increase doubles with every further good window, up to `max_increase`, and ends at `below_knee` of the effort
+    that broke the bound last. The knee moves up by `creep` a second, and is forgotten once the peak is below `calm` of
+    the bound: the load has gone, and a training job is back at full speed a few windows after a burst. The decrease
+    is the overshoot itself (slo / p99), but at least `least_cut` and at most `most_cut`, so one bad window is answered
+    in one window.
     """
 
     slo_ms: float
@@ -73,24 +92,30 @@ class Aimd:
     least_cut: float = 0.7
     most_cut: float = 0.3
     floor: float = FLOOR
+    below_knee: float = 0.8
+    creep_per_s: float = 0.01
+    calm: float = 0.5
 
     def __post_init__(self) -> None:
         _check(self.slo_ms, self.margin, self.floor)
 
     def next(self, state: State, window: Window) -> State:
-        p99 = window.p99_ms
+        p99, peak = window.p99_ms, peak_ms(state.peak_ms, window, self.slo_ms)
+        knee = 1.0 if peak <= self.calm * self.slo_ms else min(1.0, state.knee + self.creep_per_s * window.length_s)
         if p99 is not None and p99 > self.slo_ms:
             cut = min(self.least_cut, max(self.most_cut, self.slo_ms / p99))
-            return replace(state, effort=max(self.floor, state.effort * cut), streak=0)
-        if p99 is not None and p99 > self.margin * self.slo_ms:
-            return replace(state, streak=0)
+            knee = state.effort if state.peak_ms <= self.slo_ms else state.knee
+            return State(max(self.floor, state.effort * cut), state.integral, 0, peak, knee)
+        if peak > self.margin * self.slo_ms:
+            return replace(state, streak=0, peak_ms=peak, knee=knee)
         step = min(self.max_increase, self.increase * 2.0**state.streak)
-        return replace(state, effort=min(1.0, state.effort + step), streak=min(state.streak + 1, 16))
+        highest = 1.0 if knee >= 1 else max(state.effort, self.below_knee * knee)
+        return State(min(highest, state.effort + step), state.integral, min(state.streak + 1, 16), peak, knee)
 
 
 @dataclass(frozen=True)
 class Pi:
-    """effort = kp * e + I with e = ln(margin * slo / p99), limited to [-limit, limit].
+    """effort = kp * e + I with e = ln(margin * slo / peak), limited to [-limit, limit].
 
     The logarithm because a queue's tail answers to effort about exponentially. I integrates ki * e * seconds, `haste`
     times as fast downwards: room is taken slowly, a broken bound answered quickly. It never pushes the output beyond
@@ -109,8 +134,8 @@ class Pi:
         _check(self.slo_ms, self.margin, self.floor)
 
     def next(self, state: State, window: Window) -> State:
-        p99 = window.p99_ms
-        error = math.log(self.margin * self.slo_ms / p99) if p99 else self.limit
+        peak = peak_ms(state.peak_ms, window, self.slo_ms)
+        error = math.log(self.margin * self.slo_ms / peak) if peak > 0 else self.limit
         error = max(-self.limit, min(self.limit, error))
         gain = self.ki_per_s * (self.haste if error < 0 else 1.0)
         proportional = self.kp * error
@@ -120,7 +145,8 @@ class Pi:
         else:
             integral = max(integral, min(state.integral, self.floor - proportional))
         integral = max(self.floor, min(1.0, integral))
-        return State(effort=max(self.floor, min(1.0, proportional + integral)), integral=integral)
+        effort = max(self.floor, min(1.0, proportional + integral))
+        return replace(state, effort=effort, integral=integral, peak_ms=peak)
 
 
 def _check(slo_ms: float, margin: float, floor: float) -> None:

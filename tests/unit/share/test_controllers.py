@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from corun.share.page import Knobs
 
 SLO_MS = 50.0
 CONTROLLERS: list[Controller] = [Aimd(SLO_MS), Pi(SLO_MS)]
-states = st.builds(State, st.floats(0.05, 1), st.floats(0.05, 1), st.integers(0, 16))
+states = st.builds(
+    State, st.floats(0.05, 1), st.floats(0.05, 1), st.integers(0, 16), st.floats(0, 1e3), st.floats(0.05, 1)
+)
 windows = st.builds(
     Window, st.floats(0.1, 60), st.integers(0, 1000), st.none() | st.floats(0.001, 1e6), st.integers(0, 1000)
 )
@@ -40,7 +43,7 @@ def test_the_effort_stays_between_floor_and_one(controller: Controller, state: S
 @given(state=states, p99=st.floats(SLO_MS * 1.001, 1e6))
 def test_a_broken_bound_never_raises_the_effort(controller: Controller, state: State, p99: float) -> None:
     """Above the bound the next effort is no higher than the one the same state gives at the bound."""
-    state = State(state.effort, min(state.integral, state.effort), state.streak)
+    state = replace(state, integral=min(state.integral, state.effort))
     after = controller.next(state, Window(5, 100, p99))
     assert after.effort <= max(0.05, state.effort)
 
@@ -80,7 +83,7 @@ def test_aimd_cuts_by_the_overshoot_and_holds_near_the_bound() -> None:
     aimd = Aimd(SLO_MS)
     assert aimd.next(State(0.8), Window(5, 9, 2 * SLO_MS)).effort == pytest.approx(0.4)
     assert aimd.next(State(0.8), Window(5, 9, 100 * SLO_MS)).effort == pytest.approx(0.24)
-    assert aimd.next(State(0.8, streak=3), Window(5, 9, 0.9 * SLO_MS)) == State(0.8)
+    assert aimd.next(State(0.8, streak=3), Window(5, 9, 0.9 * SLO_MS)) == State(0.8, peak_ms=0.9 * SLO_MS)
 
 
 def test_aimd_grows_faster_while_nothing_is_harmed() -> None:
@@ -91,6 +94,37 @@ def test_aimd_grows_faster_while_nothing_is_harmed() -> None:
         efforts.append(round(state.effort, 6))
     assert efforts == [0.15, 0.25, 0.45, 0.85]
     assert aimd.next(state, Window(5, 9, 2 * SLO_MS)).streak == 0
+
+
+@given(state=states, slow=st.floats(SLO_MS * 1.001, 1e6))
+def test_one_good_window_after_a_bad_one_gives_no_room(state: State, slow: float) -> None:
+    """The slowest of a few requests may be a fast one: the second after a broken bound never gets more effort."""
+    aimd = Aimd(SLO_MS)
+    broken = aimd.next(state, Window(1, 10, slow))
+    assert aimd.next(broken, Window(1, 10, 1.0)).effort <= broken.effort
+
+
+def test_aimd_stays_below_the_effort_that_broke_the_bound_until_the_load_is_gone() -> None:
+    """Room is given up to a plateau below the knee while p99 is near the bound, and all of it once p99 is far below."""
+    aimd = Aimd(SLO_MS)
+    state = aimd.next(State(0.6), Window(1, 10, 2 * SLO_MS))
+    assert state.knee == 0.6
+    near, far = state, state
+    for _ in range(12):
+        near = aimd.next(near, Window(1, 10, 0.7 * SLO_MS))
+        far = aimd.next(far, Window(1, 10, 0.2 * SLO_MS))
+    assert near.effort <= 0.8 * (0.6 + 12 * aimd.creep_per_s) + 1e-9
+    assert near.effort > 0.8 * 0.6 - 1e-9
+    assert far.effort == 1
+
+
+def test_what_follows_a_broken_bound_is_no_new_knee() -> None:
+    """The queue of an overload outlives its cause: windows over the bound right after one do not lower the knee."""
+    aimd = Aimd(SLO_MS)
+    state = aimd.next(State(0.9), Window(1, 10, 3 * SLO_MS))
+    for _ in range(4):
+        state = aimd.next(state, Window(1, 10, 3 * SLO_MS))
+    assert state.knee >= 0.9
 
 
 @pytest.mark.parametrize(
