@@ -50,7 +50,8 @@ class Window:
 class State:
     """effort: the output, in [floor, 1]. The rest is the controller's memory.
 
-    peak_ms: p99 with fast attack and slow release. knee: the effort at which the bound last began to break.
+    peak_ms: p99 with fast attack and slow release; rate: arrivals/s, likewise. knee: the effort at which the bound
+    last began to break; knee_rate: the rate it broke at.
 
     It starts in the middle, with the finest micro-steps and no rest: a bound that cannot be met at full effort
     would otherwise be learned from a window of ruined replies.
@@ -60,7 +61,9 @@ class State:
     integral: float = _HALF
     streak: int = 0
     peak_ms: float = 0.0
+    rate: float = 0.0
     knee: float = 1.0
+    knee_rate: float = 0.0
 
 
 class Controller(Protocol):
@@ -69,9 +72,14 @@ class Controller(Protocol):
     def next(self, state: State, window: Window) -> State: ...
 
 
-def peak_ms(before_ms: float, window: Window, slo_ms: float) -> float:
-    """The peak after a window: its p99 (at most WORST of the bound) or what is left of the last peak."""
-    return max(min(window.p99_ms or 0.0, WORST * slo_ms), before_ms * RELEASE_PER_S**window.length_s)
+def remember(state: State, window: Window, slo_ms: float) -> State:
+    """The state with peak and rate after a window: what it showed (p99 at most WORST of the bound), or what is left."""
+    left = RELEASE_PER_S**window.length_s
+    return replace(
+        state,
+        peak_ms=max(min(window.p99_ms or 0.0, WORST * slo_ms), state.peak_ms * left),
+        rate=max(window.arrivals / window.length_s, state.rate * left),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,10 @@ class Aimd:
     """Add while the peak stays below `margin` of the bound, multiply when p99 exceeds the bound, hold in between.
 
     The increase doubles with every further good window, up to `max_increase`, and ends at `below_knee` of the effort
-    that broke the bound last. The knee moves up by `creep` a second, and is forgotten once the peak is below `calm` of
-    the bound: the load has gone, and a training job is back at full speed a few windows after a burst. The decrease
-    is the overshoot itself (slo / p99), but at least `least_cut` and at most `most_cut`, so one bad window is answered
-    in one window.
+    that broke the bound last. The knee moves up by `creep` a second, and is forgotten once the rate is below `gone` of
+    the rate it broke at: the burst is over, and a training job is back at full speed a few windows later. (Low latency
+    alone proves nothing, it is what cutting has brought about.) The decrease is the overshoot itself (slo / p99), but
+    at least `least_cut` and at most `most_cut`, so one bad window is answered in one window.
     """
 
     slo_ms: float
@@ -94,23 +102,28 @@ class Aimd:
     floor: float = FLOOR
     below_knee: float = 0.8
     creep_per_s: float = 0.01
-    calm: float = 0.5
+    gone: float = 0.6
 
     def __post_init__(self) -> None:
         _check(self.slo_ms, self.margin, self.floor)
 
     def next(self, state: State, window: Window) -> State:
-        p99, peak = window.p99_ms, peak_ms(state.peak_ms, window, self.slo_ms)
-        knee = 1.0 if peak <= self.calm * self.slo_ms else min(1.0, state.knee + self.creep_per_s * window.length_s)
+        fresh = state.peak_ms <= self.slo_ms
+        state = remember(state, window, self.slo_ms)
+        if state.rate < self.gone * state.knee_rate:
+            state = replace(state, knee=1.0, knee_rate=0.0)
+        p99 = window.p99_ms
         if p99 is not None and p99 > self.slo_ms:
             cut = min(self.least_cut, max(self.most_cut, self.slo_ms / p99))
-            knee = state.effort if state.peak_ms <= self.slo_ms else state.knee
-            return State(max(self.floor, state.effort * cut), state.integral, 0, peak, knee)
-        if peak > self.margin * self.slo_ms:
-            return replace(state, streak=0, peak_ms=peak, knee=knee)
+            if fresh:
+                state = replace(state, knee=state.effort, knee_rate=state.rate)
+            return replace(state, effort=max(self.floor, state.effort * cut), streak=0)
+        knee = min(1.0, state.knee + self.creep_per_s * window.length_s)
+        if state.peak_ms > self.margin * self.slo_ms:
+            return replace(state, streak=0, knee=knee)
         step = min(self.max_increase, self.increase * 2.0**state.streak)
         highest = 1.0 if knee >= 1 else max(state.effort, self.below_knee * knee)
-        return State(min(highest, state.effort + step), state.integral, min(state.streak + 1, 16), peak, knee)
+        return replace(state, effort=min(highest, state.effort + step), streak=min(state.streak + 1, 16), knee=knee)
 
 
 @dataclass(frozen=True)
@@ -134,8 +147,8 @@ class Pi:
         _check(self.slo_ms, self.margin, self.floor)
 
     def next(self, state: State, window: Window) -> State:
-        peak = peak_ms(state.peak_ms, window, self.slo_ms)
-        error = math.log(self.margin * self.slo_ms / peak) if peak > 0 else self.limit
+        state = remember(state, window, self.slo_ms)
+        error = math.log(self.margin * self.slo_ms / state.peak_ms) if state.peak_ms > 0 else self.limit
         error = max(-self.limit, min(self.limit, error))
         gain = self.ki_per_s * (self.haste if error < 0 else 1.0)
         proportional = self.kp * error
@@ -146,7 +159,7 @@ class Pi:
             integral = max(integral, min(state.integral, self.floor - proportional))
         integral = max(self.floor, min(1.0, integral))
         effort = max(self.floor, min(1.0, proportional + integral))
-        return replace(state, effort=effort, integral=integral, peak_ms=peak)
+        return replace(state, effort=effort, integral=integral)
 
 
 def _check(slo_ms: float, margin: float, floor: float) -> None:
@@ -173,12 +186,14 @@ def make_controller(name: str, slo_ms: float, margin: float, floor: float) -> Co
 def ladder(effort: float, base: Knobs, micro_max: int) -> Knobs:
     """The knobs of an effort in (0, 1]: the upper half buys finer micro-steps, the lower half rest.
 
-    base: what full effort means (its micro and threads are kept as the least). Monotone in the effort: less effort
-    never means coarser steps or more duty.
+    base: what full effort means (its micro and threads are kept as the least). Where steps cannot be cut finer than
+    that, all of the effort is duty. Monotone in the effort: less effort never means coarser steps or more duty.
     """
     if effort >= 1:
         return base
     finest = max(base.micro, micro_max)
+    if finest == base.micro:
+        return replace(base, duty=base.duty * effort)
     fineness = min(1.0, (1 - effort) / _HALF)
     micro = min(finest, math.ceil(base.micro * (finest / base.micro) ** fineness - 1e-9))
     duty = base.duty * min(1.0, effort / _HALF)
