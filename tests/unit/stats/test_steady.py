@@ -85,10 +85,8 @@ def test_mser5_does_not_depend_on_unit_or_level(n: int, shift: float, power: int
     values = np.random.default_rng(n).exponential(1, n)
     one, other = mser5(values), mser5(values * 2.0**power)
     assert one == other
-    moved = mser5(values + shift)
     assert one is not None
-    assert moved is not None
-    assert abs(one.dropped - moved.dropped) <= 5 or shift > 1e5
+    assert mser5(values + shift) == one
 
 
 def test_three_level_windows_are_stable() -> None:
