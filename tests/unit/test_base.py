@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -67,10 +71,32 @@ def test_the_fastest_probe_decides(delays: list[tuple[int, int]]) -> None:
     assert clock.estimate_offset(probes).rtt_ns == min(there + back for there, back in delays)
 
 
-def test_anchor_maps_monotonic_to_wall() -> None:
-    """A stamp taken now maps to the wall clock's now, up to the time between two readings."""
+def _clocks(monotonic_ns: Callable[[], int], time_ns: Callable[[], int]) -> SimpleNamespace:
+    return SimpleNamespace(monotonic_ns=monotonic_ns, time_ns=time_ns)
+
+
+def test_anchor_maps_monotonic_to_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stamp maps to what the wall clock said then, whatever the machine did between two readings."""
+    wall_at_0, mono_ns = 1_700_000_000 * 10**9, iter(range(5, 10**6, 7))
+    monkeypatch.setattr(clock, "time", _clocks(lambda: next(mono_ns), lambda: wall_at_0 + next(mono_ns)))
     anchor = clock.anchor()
-    assert abs(anchor.wall_at(clock.now_ns()) - time.time_ns()) < 10**9
+    assert abs(anchor.wall_at(10**6) - (wall_at_0 + 10**6)) <= 7
+
+
+def test_the_tightest_of_the_readings_is_the_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading that a stall tore apart is not used: the error is at most half the shortest distance of two readings."""
+    instants = iter([0, 900, 1000, 1000, 1001, 1002, 2000, 2000, 2900, 3000, 3400, 3500, 4000, 4001, 4999])
+    monkeypatch.setattr(clock, "time", _clocks(lambda: next(instants), lambda: next(instants)))
+    assert clock.anchor() == clock.Anchor(1001, 1001)
+
+
+def test_the_real_clocks_run_together() -> None:
+    """The anchor of this machine lies between two readings of its wall clock, unless that was set meanwhile."""
+    before = time.time_ns()
+    anchor = clock.anchor()
+    after = time.time_ns()
+    assert before <= anchor.wall_ns <= after or after < before
+    assert anchor.wall_at(anchor.mono_ns) == anchor.wall_ns
 
 
 def test_thread_environment_names_every_library() -> None:
@@ -83,7 +109,8 @@ def test_stop_signal_is_a_flag_and_a_readable_descriptor() -> None:
     """SIGTERM sets the flag once and wakes a select; the old handler comes back afterwards."""
     before = signal.getsignal(signal.SIGTERM)
     with process.StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert select.select([stop.fileno()], [], [], 60)[0]
         assert stop.requested
         assert os.read(stop.fileno(), 10) == b"x"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -91,20 +118,20 @@ def test_stop_signal_is_a_flag_and_a_readable_descriptor() -> None:
 
 def test_a_child_dies_with_its_parent() -> None:
     """kill -9 of a parent kills the child that asked for it."""
-    child = "from corun.process import die_with_parent; die_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+    child = "from corun.process import die_with_parent; die_with_parent(); print('up', flush=True); import time; time.sleep(600)"
     parent = (
         "import subprocess, sys, time; "
         f"c = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); "
-        "c.stdout.readline(); print(c.pid, flush=True); time.sleep(60)"
+        "c.stdout.readline(); print(c.pid, flush=True); time.sleep(600)"
     )
-    environment = {**os.environ, "PYTHONPATH": "src"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(clock.__file__).resolve().parents[1])}
     started = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment)
     assert started.stdout is not None
     pid = int(started.stdout.readline())
     started.kill()
     started.wait()
     started.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _runs(pid)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, cast
@@ -88,7 +89,7 @@ PROCESSES: Final[dict[str, Callable[..., Process]]] = {
 ALIASES: Final = {"burst": "mmpp", "on-off": "mmpp", "saturation": "offline", "closed-loop": "closed"}
 
 
-def parse(name: str, **parameters: Value) -> Process:
+def parse(name: str, /, **parameters: Value) -> Process:
     """The process of that name with these parameters.
 
     `exact=True` (or a number) conditions poisson, sine, ramp and step on their count.
@@ -185,11 +186,11 @@ def _arguments(name: str, builder: Callable[..., Process], given: Mapping[str, V
 def _typed(key: str, wanted: str, value: Value, name: str) -> Value:
     """`value` as a `wanted` ("float", "int" or "str") without loss."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if wanted == "float" and is_number:
+    if wanted == "float" and is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max):
         return float(value)
-    if wanted == "int" and is_number and float(value).is_integer():
+    if wanted == "int" and is_number and (isinstance(value, int) or value.is_integer()):
         return int(value)
-    if wanted == "str" and isinstance(value, str):
+    if wanted == "str" and isinstance(value, str) and "\0" not in value:
         return value
     words = {"float": "a number", "int": "a whole number", "str": "text"}[wanted]
     raise InputError(f"{name}: bad parameters", [f"{key} must be {words}, not {value!r}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -28,7 +29,16 @@ class TableWriter:
         self._file = open(self.path, "w" if fresh else "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._writer = csv.writer(self._file, lineterminator="\n")
         if fresh:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Write the header; a file that does not take it is not kept open."""
+        try:
             self.row(self.columns)
+        except RunFault:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
 
     def row(self, values: Sequence[Any] | Mapping[str, Any]) -> None:
         """Write and flush one row; None is an empty cell."""

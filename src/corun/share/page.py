@@ -275,6 +275,11 @@ class Page:
         """Sleep until the bell is rung or `timeout_ns` have passed."""
         futex.wait(self._bell, bell, timeout_ns)
 
+    @property
+    def somebody_sleeps(self) -> bool:
+        """Whether a trainer stands inside `asleep`."""
+        return bool(self._words[_SLEEPS])
+
     def rung(self, bell: int) -> bool:
         """Whether the bell was rung since `asleep` gave it."""
         return bool(self._bell.value != bell)

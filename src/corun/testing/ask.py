@@ -52,11 +52,12 @@ class Asker:
         """Send one INFER and wait for its reply; PeerClosed when none came in time."""
         return self.receive(self.send(payload, flags), timeout_s)
 
-    def send(self, payload: bytes, flags: int = 0) -> int:
-        """Send one INFER; its id."""
+    def send(self, payload: bytes, flags: int = 0, due_ns: int | None = None) -> int:
+        """Send one INFER, which was due at `due_ns` (default: now); its id."""
         id, self._next_id = self._next_id, self._next_id + 1
         begin = self._begun[id] = now_ns()
-        self._sock.sendall(pack_request(Kind.INFER, 0, id, len(payload), begin, begin, flags=flags) + payload)
+        due_ns = begin if due_ns is None else due_ns
+        self._sock.sendall(pack_request(Kind.INFER, 0, id, len(payload), due_ns, begin, flags=flags) + payload)
         return id
 
     def cancel(self, id: int) -> None:

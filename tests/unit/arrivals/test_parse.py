@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corun.arrivals.legacy import Legacy
@@ -158,6 +158,11 @@ def test_any_text_is_a_process_or_an_input_error(text: str) -> None:
 
 
 @given(st.sampled_from(sorted({*PROCESSES, *ALIASES})), st.text(max_size=30))
+@example("poisson", "name=3")
+@example("poisson", "1" * 400)
+@example("offline", "count=" + "1" * 400)
+@example("trace", "path=a\0b")
+@example("replay", "path=a\0b")
 @settings(max_examples=200, deadline=None)
 def test_any_parameters_are_a_process_or_an_input_error(name: str, text: str) -> None:
     """A known name with arbitrary parameter text raises nothing but InputError either."""

@@ -30,6 +30,7 @@ STREAMS = st.lists(
     unique_by=lambda stream: stream.number,
 )
 SEEDS = st.integers(0, 2**64)
+UNTIMED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,7 +149,7 @@ def test_joined_segments_keep_ids_unique() -> None:
     assert join([]) == (Schedule(np.empty(0, dtype=ROW)), ())
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=UNTIMED)
 @given(streams=STREAMS, seed=SEEDS)
 def test_what_is_saved_is_loaded(tmp_path: Path, streams: list[Stream], seed: int) -> None:
     """A stored schedule loads equal, hashes equal, and is a plain .npy array of the documented columns."""
@@ -199,7 +200,7 @@ def test_other_arrays_are_refused(tmp_path: Path) -> None:
             load(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=UNTIMED)
 @given(position=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 400))
 def test_a_damaged_file_loads_or_is_refused(tmp_path: Path, position: int, value: int, cut: int) -> None:
     """Any byte changed or any tail cut off gives a schedule or an InputError, never another exception."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tests.unit.ectrans.serving import RULES, answered, ragged, reference, serving, until
 
+from corun.clock import NS_PER_MS
 from corun.ectrans import client, compare, mixes, wire
 from corun.ectrans.memory import of_group, total
 from corun.ectrans.scheduler import POLICIES, Rules, Scheduler
@@ -115,18 +116,30 @@ def test_a_package_of_a_killed_worker_is_served_by_the_next(
 
 
 def test_what_cannot_be_served_is_answered_with_its_reason(trained_parts: Path) -> None:
-    """Over the queue's limit, too late, or not for this server: each gets its status and a sentence; serving goes on."""
+    """Over the queue's limit, too late, or not for this server: each gets its status and a sentence; serving goes on.
+
+    The deadline is put into the past only when the queue has refused the others, however long that took.
+    """
     text = wire.Sentences("text", texts=tuple(TEXTS[:6]))
     with serving(trained_parts, "multiprocess", queue_limit=10, max_items=1) as (service, admin):
         worker = service.executor.pids()[0]
         os.kill(worker, signal.SIGSTOP)
+        waiting = [client.Request(0, text, deadline_ms=600_000)]
+        waited: list[client.Reply] = []
+        thread = threading.Thread(target=lambda: waited.extend(client.drive(service.address, waiting, timeout_s=60)))
+        thread.start()
+        until(lambda: len(service.scheduler) == 1)
         requests = [
-            client.Request(0, text, deadline_ms=300),
-            client.Request(1_000_000, text, deadline_ms=300),
-            client.Request(2_000_000, wire.Sentences("ids", ids=([5] * 800,))),
-            client.Request(2_000_000, wire.Sentences("encoder", values=(np.zeros((2, 64), np.float32),))),
+            client.Request(0, text),
+            client.Request(0, wire.Sentences("ids", ids=([5] * 800,))),
+            client.Request(0, wire.Sentences("encoder", values=(np.zeros((2, 64), np.float32),))),
         ]
-        late, full, long, foreign = client.drive(service.address, requests, timeout_s=60)
+        full, long, foreign = client.drive(service.address, requests, timeout_s=60)
+        (job,) = service.scheduler._jobs.values()
+        assert job.deadline_ns == job.payload.t_first_ns + 600_000 * NS_PER_MS
+        job.deadline_ns = job.arrival_ns
+        thread.join(90)
+        (late,) = waited
         os.kill(worker, signal.SIGCONT)
         assert (late.status, late.detail) == (Status.EXPIRED, "its deadline passed")
         assert full.status == Status.REJECTED

@@ -127,13 +127,20 @@ def test_an_adapter_of_another_form_is_refused_and_serving_goes_on(kind: str, ba
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_cancelled_prompt_ends_and_its_neighbour_does_not(kind: str, base: Any) -> None:
-    """Cancelling resolves the ticket as cancelled before its length is reached."""
+    """Cancelling resolves the ticket as cancelled before its length is reached (its first token waits for that)."""
+    given_up = threading.Event()
     with running(kind, base) as engine:
-        long, short = engine.submit(Prompt([5, 6, 7], 200)), engine.submit(Prompt([8, 9], 5))
+        long = engine.submit(Prompt([5, 6, 7], 200, on_token=lambda token, at_ns: _wait_for(given_up)))
+        short = engine.submit(Prompt([8, 9], 5))
         long.cancel()
+        given_up.set()
         assert long.result(60).stopped == "cancelled"
         assert len(long.result().ids) < 200
         assert short.result(60).ids == alone(base, Prompt([8, 9], 5))
+
+
+def _wait_for(event: threading.Event) -> None:
+    assert event.wait(60)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

@@ -44,17 +44,23 @@ class NeverStop:
     def fileno(self) -> int:
         return self._fd
 
+    def close(self) -> None:
+        import os
+
+        os.close(self._fd)
+
 
 @contextmanager
 def edge(tmp_path: Path, **options: Any) -> Iterator[Address]:
     """An edge server in a thread; stopped at the end."""
     address = Address("unix", str(tmp_path / "edge.sock"))
     failures: list[BaseException] = []
+    stop = NeverStop()
 
     def run() -> None:
         try:
             settings = EdgeOptions(**{"sharing": THREAD, "new_tokens": 6, "lr": 0.05, "epochs": 20, **options})
-            serve([], settings, Post(address, tmp_path), NeverStop(), lambda line: None)
+            serve([], settings, Post(address, tmp_path), stop, lambda line: None)
         except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
             failures.append(error)
 
@@ -71,6 +77,7 @@ def edge(tmp_path: Path, **options: Any) -> Iterator[Address]:
             channel.close()
         thread.join(60)
     assert not thread.is_alive()
+    stop.close()
     if failures:
         raise failures[0]
 

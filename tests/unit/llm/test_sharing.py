@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from corun.clock import NS_PER_S, now_ns
 from corun.errors import InputError, RunFault
 from corun.llm import adapters
 from corun.llm.base import base_bytes, glm, share, tree
@@ -31,14 +33,22 @@ def stored(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return share(base, tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(scope="module")
-def alone(base: Any) -> tuple[list[tuple[int, ...]], list[float], dict[str, Any]]:
+class Alone:
     """Tokens without training, losses and adapter without serving."""
-    model = adapters.attach(tree(base), "serve", base)
-    tokens = [generate(model.eval(), [prompt])[0].ids for prompt in PROMPTS]
-    learner = new_learner(base, EXAMPLES, JOB.options)
-    losses = [learner.step().loss for _ in range(STEPS)]
-    return tokens, losses, learner.adapter()
+
+    def __init__(self, base: Any) -> None:
+        model = adapters.attach(tree(base), "serve", base)
+        self.tokens = [generate(model.eval(), [prompt])[0].ids for prompt in PROMPTS]
+        self.trained = lru_cache(lambda steps: self._trained(base, steps))
+
+    def _trained(self, base: Any, steps: int) -> tuple[list[float], dict[str, Any]]:
+        learner = new_learner(base, EXAMPLES, JOB.options)
+        return [learner.step().loss for _ in range(steps)], learner.adapter()
+
+
+@pytest.fixture(scope="module")
+def alone(base: Any) -> Alone:
+    return Alone(base)
 
 
 @pytest.fixture(params=MODES)
@@ -46,27 +56,31 @@ def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_tokens_and_losses_are_bit_equal_to_each_side_alone(mode: str, stored: Any, alone: Any) -> None:
+def test_tokens_and_losses_are_bit_equal_to_each_side_alone(mode: str, stored: Any, alone: Alone) -> None:
     """While the learner trains, greedy tokens equal those without it, its losses and adapter those without serving;
     the adapter it then publishes gives the server the learner's own tokens."""
-    tokens, losses, trained = alone
+    tokens = alone.tokens
     base = stored.open()
     engine = StaticEngine(adapters.attach(tree(base), "serve", base), Batcher(3, 1_000_000))
     engine.start()
     learner = start_learner(stored, base, JOB, mode)
     try:
-        learner.train(STEPS)
-        tickets = [engine.submit(prompt) for prompt in PROMPTS]
-        assert [ticket.result(60).ids for ticket in tickets] == tokens
-        steps = learner.wait(60)
+        give_up_ns = now_ns() + 60 * NS_PER_S
+        overlap = False
+        while not overlap:  # rounds of training and serving until a token was made within a step
+            assert now_ns() < give_up_ns
+            learner.train(STEPS)
+            tickets = [engine.submit(prompt) for prompt in PROMPTS]
+            assert [ticket.result(60).ids for ticket in tickets] == tokens
+            steps = learner.wait(60)
+            overlap = any(
+                step.t_start_ns <= stamp <= step.t_end_ns
+                for step in steps
+                for ticket in tickets
+                for stamp in ticket.result().stamps_ns
+            )
+        losses, trained = alone.trained(len(steps))
         assert [step.loss for step in steps] == losses
-        served_while_training = any(
-            step.t_start_ns <= stamp <= step.t_end_ns
-            for step in steps
-            for t in tickets
-            for stamp in t.result().stamps_ns
-        )
-        assert served_while_training or mode != "thread"
         state = learner.adapter()
         assert all(torch.equal(trained[key], value) for key, value in state.items())
         assert engine.publish(state) == 1
@@ -141,5 +155,5 @@ def test_the_base_is_held_once_by_both_processes(tmp_path: Path) -> None:
     assert 0.3 * size < theirs < 0.7 * size
     psutil.Process(learner.pid).kill()
     with pytest.raises(RunFault, match="died"):
-        learner.wait(30)
+        learner.wait(60)
     learner.stop()

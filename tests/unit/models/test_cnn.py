@@ -353,7 +353,7 @@ def test_auxiliary_heads_weigh_as_published() -> None:
     """googlenet's loss is main + 0.3 of each auxiliary head's."""
     training = MODELS["googlenet"].train(ModelOptions(image_size=64, num_classes=4))
     training.module.eval()
-    heads = [torch.randn(2, 4) for _ in range(3)]
+    heads = list(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)))
     training.module = lambda _: tuple(heads)
     labels = torch.tensor([1, 2])
     main, *aux = [torch.nn.functional.cross_entropy(head, labels) for head in heads]

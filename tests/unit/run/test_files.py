@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -65,9 +66,19 @@ def test_append_goes_on_below(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_a_full_disk_is_one_clear_fault() -> None:
-    """Writing to a full disk raises RunFault with the path, not a bare OSError."""
+    """Writing to a full disk raises RunFault with the path, not a bare OSError, and leaves no file open."""
     with pytest.raises(RunFault, match="/dev/full"):
         TableWriter("/dev/full", ("x",))
+    assert "/dev/full" not in _open_files()
+
+
+def _open_files() -> set[str]:
+    """Paths of this process's open files."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
 
 
 def _write_events(path: Path, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -20,6 +19,7 @@ from corun.share.controllers import Window
 from corun.share.gates import GateOptions, PageGate, from_options, make_steerings
 from corun.share.page import STALE_AFTER_NS, Knobs, Page
 from corun.share.steering import Wish
+from corun.testing.flicker import NEVER_STALE_NS, Flicker
 
 
 class Time:
@@ -287,37 +287,19 @@ def test_steerings_exist_for_what_has_a_bound() -> None:
     assert set(make_steerings(GateOptions("x", slo_ms=10))) == {Mode.SLO, Mode.SLACK, Mode.PREDICTIVE}
 
 
-def _flicker(service: Announcer, ended: threading.Event) -> list[tuple[int, int]]:
-    """Requests that come and go until `ended`; (arrived, answered) stamps taken outside the announcements."""
-    times = []
-    while not ended.is_set():
-        service.on_request()
-        arrived = now_ns()
-        time.sleep(0.003)
-        answered = now_ns()
-        service.on_reply()
-        times.append((arrived, answered))
-        time.sleep(0.002)
-    return times
-
-
 def test_no_micro_step_starts_while_a_request_is_pending(page: Page) -> None:
     """With real threads and the real clock: no stamp of a start lies between a request's arrival and its reply."""
     page.mode = Mode.PREEMPT
-    gate, service, ended = PageGate(page), Announcer(page, 0), threading.Event()
-    requests: list[tuple[int, int]] = []
-    thread = threading.Thread(target=lambda: requests.extend(_flicker(service, ended)))
-    thread.start()
-    starts = []
-    while len(starts) < 60:
-        asked = now_ns()
-        gate.wait("micro")
-        starts.append((asked, now_ns()))
-        time.sleep(0.001)
-    ended.set()
-    thread.join()
-    service.close()
-    assert gate.report()["gate_held"] > 10
+    gate, starts, give_up_ns = PageGate(page, stale_ns=NEVER_STALE_NS), [], now_ns() + 60 * NS_PER_S
+    with Flicker(page) as service:
+        while len(starts) < 60 or gate.report()["gate_held"] <= 10:
+            assert now_ns() < give_up_ns
+            asked = now_ns()
+            gate.wait("micro")
+            starts.append((asked, now_ns()))
+            time.sleep(0.001)
+    requests = service.times
+    assert len(requests) > 5
     for asked, released in starts:
         for arrived, answered in requests:
             if arrived < asked < answered:
@@ -356,12 +338,8 @@ def _train(gate: PageGate | None, steps: int = 25, micro: int = 4, layers: bool 
 def test_training_under_preemption_is_bit_identical(page: Page, layers: bool) -> None:
     """Weights after training that was held again and again are those of training that never was."""
     page.mode = Mode.PREEMPT
-    gate, service, ended = PageGate(page), Announcer(page, 0), threading.Event()
-    thread = threading.Thread(target=_flicker, args=(service, ended))
-    thread.start()
-    held = _train(gate, layers=layers)
-    ended.set()
-    thread.join()
-    service.close()
+    gate = PageGate(page, stale_ns=NEVER_STALE_NS)
+    with Flicker(page):
+        held = _train(gate, layers=layers)
     assert gate.report()["gate_held"] > 0
     assert torch.equal(held, _train(None))

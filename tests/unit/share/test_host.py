@@ -203,13 +203,17 @@ def test_what_the_kernel_refuses_is_a_fault(host: FakeHost) -> None:
 
 def _started(setup: Setup, code: str) -> str:
     source = str(Path(__file__).resolve().parents[3] / "src")
-    argv = setup.command([sys.executable, "-c", code])
+    argv = setup.command([sys.executable, "-I", "-S", "-c", code])
     environment = {**os.environ, "PYTHONPATH": source}
     return subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.timeout(900)
 def test_a_wrapped_process_has_the_setup_in_every_thread() -> None:
-    """On this machine: class, nice, cores and memory limit hold in the command and in threads it makes."""
+    """On this machine: class, nice, cores and memory limit hold in the command and in threads it makes.
+
+    Beside busy neighbours SCHED_IDLE gets a thousandth of its core: a short program, and much patience.
+    """
     core = Host().cores[-1]
     code = (
         "import os, threading, resource; out = []\n"

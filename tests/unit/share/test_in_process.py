@@ -168,8 +168,8 @@ def test_a_training_thread_trains_in_its_lane_until_stopped() -> None:
 
     thread = TrainingThread(step, lanes.trainer)
     thread.start()
-    assert three.wait(10)
-    thread.stop(10)
+    assert three.wait(60)
+    thread.stop(60)
     assert thread.steps >= 3
     assert torch.cuda.log == ["priority 0"]
 
@@ -184,7 +184,7 @@ def test_what_ends_training_early_is_raised_at_the_stop() -> None:
     thread = TrainingThread(fail, lane)
     thread.start()
     with pytest.raises(RunFault, match="shapes differ"):
-        thread.stop(10)
+        thread.stop(60)
 
     release, entered = threading.Event(), threading.Event()
 
@@ -194,7 +194,7 @@ def test_what_ends_training_early_is_raised_at_the_stop() -> None:
 
     hanging = TrainingThread(hang, lane)
     hanging.start()
-    assert entered.wait(10)
+    assert entered.wait(60)
     with pytest.raises(RunFault, match="did not end its step"):
         hanging.stop(0.01)
     release.set()

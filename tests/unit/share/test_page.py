@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corun.clock import now_ns
+from corun.clock import NS_PER_S, now_ns
 from corun.errors import InputError
 from corun.share.announce import Announcer, parse
 from corun.share.page import RING, SIZE, SLOTS, STALE_AFTER_NS, Knobs, Page
@@ -192,11 +192,11 @@ def test_the_bell_wakes_a_sleeper_in_another_mapping(page: Page) -> None:
 
     thread = threading.Thread(target=trainer)
     thread.start()
-    assert asleep.wait(10)
+    assert asleep.wait(60)
     service.on_reply()
     assert not woken.wait(0.05)
     service.on_reply()
-    assert woken.wait(10)
+    assert woken.wait(60)
     thread.join()
     service.close()
 
@@ -219,19 +219,26 @@ def _serve_forever(path: str, ready: object) -> None:
 
 
 def test_a_killed_service_stops_counting_while_a_living_one_goes_on(page: Page) -> None:
-    """A request that computes for longer than the limit still counts; after kill -9 it stops counting."""
+    """A request that computes for longer than the limit still counts; after kill -9 it stops counting.
+
+    A beat that is late on a busy machine makes it stale until the next one: what is asked is that it counts again.
+    """
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     process = context.Process(target=_serve_forever, args=(str(page.path), ready), daemon=True)
     process.start()
     assert ready.wait(60)
     time.sleep(1.5 * STALE_AFTER_NS / 1e9)
-    assert page.waiting_slots(now_ns()) == [0]
+    _until(lambda: page.waiting_slots(now_ns()) == [0])
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    killed_ns = now_ns()
-    while page.waiting_slots(now_ns()):
-        assert now_ns() - killed_ns < 60_000_000_000
-        time.sleep(0.01)
+    _until(lambda: not page.waiting_slots(now_ns()))
     assert page.stale_slots(now_ns()) == [0]
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    give_up_ns = now_ns() + 60 * NS_PER_S
+    while not condition():
+        assert now_ns() < give_up_ns
+        time.sleep(0.01)

@@ -372,16 +372,16 @@ def held(tmp_path: Path) -> Iterator[tuple[Channel, HoldingGate]]:
         session = Session(Trainer(OPTIONS, gate), channel, log, stop)
         thread = threading.Thread(target=session.run)
         thread.start()
-        received = launcher.receive(10)
+        received = launcher.receive(60)
         assert received is not None
         launcher.reply(received[0])
         now = now_ns()
-        launcher.request(Arm("corun", 0, 0, now, now + 600_000_000_000), 10)
-        launcher.request(Start(0), 10)
-        assert gate.entered.wait(10)
+        launcher.request(Arm("corun", 0, 0, now, now + 600_000_000_000), 60)
+        launcher.request(Start(0), 60)
+        assert gate.entered.wait(60)
         yield launcher, gate
         launcher.close()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         channel.close()
         log.close()
@@ -390,24 +390,24 @@ def held(tmp_path: Path) -> Iterator[tuple[Channel, HoldingGate]]:
 def test_a_held_trainer_answers_questions_without_going_on(held: tuple[Channel, HoldingGate]) -> None:
     """STATS and CLOCK are answered in the middle of a step, and the gate stays shut."""
     launcher, _ = held
-    assert launcher.request(Stats(), 10)["steps"] == 0
-    assert "t1_ns" in launcher.request(Clock(), 10)
-    assert launcher.request(Stats(), 10) == {**launcher.request(Stats(), 10), "let_go": 0}
+    assert launcher.request(Stats(), 60)["steps"] == 0
+    assert "t1_ns" in launcher.request(Clock(), 60)
+    assert launcher.request(Stats(), 60) == {**launcher.request(Stats(), 60), "let_go": 0}
 
 
 def test_draining_a_held_trainer_ends_its_step(held: tuple[Channel, HoldingGate]) -> None:
     """DRAIN opens the gate: the step is finished, counted and answered, and no further step begins."""
     launcher, gate = held
-    counts = launcher.request(Drain(), 10)
+    counts = launcher.request(Drain(), 60)
     assert counts["steps"] == 1
     assert gate.let_go == 1
-    assert launcher.request(Stats(), 10)["steps"] == 1
+    assert launcher.request(Stats(), 60)["steps"] == 1
 
 
 def test_stopping_a_held_trainer_ends_the_session(held: tuple[Channel, HoldingGate]) -> None:
     """STOP reaches a trainer that is held."""
     launcher, _ = held
-    assert launcher.request(Stop(), 10)["steps"] == 1
+    assert launcher.request(Stop(), 60)["steps"] == 1
 
 
 def test_a_launcher_that_goes_away_frees_a_held_trainer(held: tuple[Channel, HoldingGate]) -> None:

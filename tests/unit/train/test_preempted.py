@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from corun.share.announce import Announcer
 from corun.share.brakes import Mode
 from corun.share.gates import PageGate
 from corun.share.page import Page
+from corun.testing.flicker import NEVER_STALE_NS, Flicker
 from corun.train.options import TrainOptions
 from corun.train.trainer import Trainer
 
@@ -21,15 +19,6 @@ JOB = TrainOptions(
     "shufflenet_v2_x1_0", data="drift", batch_size=8, image_size=32, count=32, lr=0.02, micro=2, seed=4
 )
 STEPS = 5
-
-
-def _requests(service: Announcer, ended: threading.Event) -> None:
-    """Requests that come and go until `ended`."""
-    while not ended.is_set():
-        service.on_request()
-        time.sleep(0.003)
-        service.on_reply()
-        time.sleep(0.002)
 
 
 def _state(trainer: Trainer) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -42,18 +31,12 @@ def test_preempted_training_ends_in_the_very_same_weights(tmp_path: Path, layers
     """Losses, weights and BatchNorm statistics after training that was held at micro-steps or layers are bit-identical
     to those of training that never was (one thread, the same micro-steps)."""
     torch.set_num_threads(1)
-    job, ended = replace(JOB, layer_gate=layers), threading.Event()
+    job = replace(JOB, layer_gate=layers)
     with Page.create(tmp_path) as page:
         page.mode = Mode.PREEMPT
-        gate, service = PageGate(page), Announcer(page, 0)
-        thread = threading.Thread(target=_requests, args=(service, ended))
-        thread.start()
-        try:
+        gate = PageGate(page, stale_ns=NEVER_STALE_NS)
+        with Flicker(page):
             losses, held = _state(Trainer(job, gate))
-        finally:
-            ended.set()
-            thread.join()
-            service.close()
         assert gate.report()["gate_held"] > 0
     undisturbed, free = _state(Trainer(JOB))
     assert losses == undisturbed

@@ -150,7 +150,7 @@ def test_batches_mix_new_arrivals_with_what_was_known(job: Trainer) -> None:
     assert pixels.shape == (8, 3, SIZE, SIZE)
     assert classes.shape == (8,)
     assert decode_ns > 0
-    batches.arrivals.begin(now_ns() + NS_PER_S)
+    batches.arrivals.begin(now_ns() + 3600 * NS_PER_S)
     assert batches.validation(8, now_ns()) is None
     assert batches.next()[0][0].shape == (8, 3, SIZE, SIZE)
 
@@ -211,7 +211,7 @@ def test_the_gate_stands_between_parts_of_a_validation(job: Trainer) -> None:
     """A sharing policy that holds the trainer holds its validations too, in the trainer's own words."""
     publisher, asked = Publisher(job, _publish(job), Record()), []
     job.gate.wait = asked.append  # type: ignore[method-assign]
-    publisher.after_step()
+    _verdict(publisher)
     assert asked == ["step"] * 2, "one part for the candidate, one for the version in service"
 
 
@@ -219,7 +219,7 @@ def test_training_goes_on_after_a_validation(job: Trainer) -> None:
     """Validating changes neither the mode nor the weights of what is being trained."""
     publisher = Publisher(job, _publish(job), Record())
     before = {name: value.clone() for name, value in job.trainable.module.state_dict().items()}
-    publisher.after_step()
+    assert _verdict(publisher) == "keep"
     assert job.trainable.module.training
     assert all(torch.equal(value, before[name]) for name, value in job.trainable.module.state_dict().items())
     assert np.isfinite(job.step().loss)
