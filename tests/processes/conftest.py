@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,29 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.processes.tools import SRC, Program
+from tests.processes.tools import SRC, Ports, Program
 
 
 @pytest.fixture
-def free_port() -> Callable[..., int]:
-    """A port with `count` free ports from it on."""
-
-    def find(count: int = 1) -> int:
-        for first in range(20000 + os.getpid() % 20000, 60000, 16):
-            if all(_is_free(first + index) for index in range(count)):
-                return first
-        raise AssertionError("no free ports")
-
-    return find
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+def free_port() -> Iterator[Callable[..., int]]:
+    """A port with `count` free ports from it on, which no other test is given while this one runs."""
+    with Ports() as ports:
+        yield ports.take
 
 
 @pytest.fixture

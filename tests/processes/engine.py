@@ -17,7 +17,7 @@ from tests.processes.tools import ROOT
 BASE_IMAGE = os.environ.get("CORUN_TEST_IMAGE", "corun-test:1")
 SCRIPT = Path(os.environ.get("CORUN_TEST_ENGINE") or ROOT.parent / "shared" / "containers" / "start-engine")
 START_S = 300
-TEST_S = START_S + 60  # a test's time-out counts the engine that its fixture may have to install
+TEST_S = START_S + 600  # a test's time-out counts the engine that its fixture may have to install
 
 
 @cache

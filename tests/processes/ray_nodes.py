@@ -77,7 +77,7 @@ class Cluster:
                 start_new_session=True,
             )
         self.running.append(node)
-        wait_until(lambda: node.poll() is not None or b"Ray runtime started" in log.read_bytes(), 90)
+        wait_until(lambda: node.poll() is not None or b"Ray runtime started" in log.read_bytes(), 300)
         assert node.poll() is None, log.read_text()
         return node
 

@@ -42,13 +42,13 @@ class Up:
 
     def __exit__(self, *exc: object) -> None:
         self.stop.request()
-        self._thread.join(90)
+        self._thread.join(180)
 
     def live(self, task: str) -> dict[str, Any]:
         found = [one for one in snapshot(self.store)["tasks"] if one["id"] == task]
         return found[0] if found else {"replicas": [], "router": {"up": False}}
 
-    def wait(self, condition: Callable[[], Any], timeout_s: float = 100.0) -> None:
+    def wait(self, condition: Callable[[], Any], timeout_s: float = 300.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.fault is None, self.fault

@@ -61,7 +61,7 @@ def environment(home: Path) -> dict[str, str]:
 
 def run(home: Path, script: str, address: Address | str, *flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(script, address, *flags), env=environment(home), capture_output=True, text=True, timeout=60
+        command(script, address, *flags), env=environment(home), capture_output=True, text=True, timeout=300
     )
 
 
@@ -81,10 +81,15 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def wait_for_requests(server: EchoServer, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while server.infers < count and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server.infers >= count
+
+
+def answers(ring: Path) -> int:
+    """How many requests a ring has a good reply to."""
+    return int((read_ring(ring)["status"] == Status.OK).sum())
 
 
 def test_an_open_loop_client_by_hand_leaves_a_table_and_one_line(home: Path, server: EchoServer) -> None:
@@ -116,29 +121,35 @@ def test_a_second_client_appends_to_the_table_of_the_first(home: Path, server: E
 
 
 @pytest.mark.parametrize(
-    ("flags", "at_least", "instants_kept"),
+    ("flags", "rest"),
     [
-        (["--rate", 100], 20, True),
-        (["--rate", 100, "--after-reply"], 20, False),
-        (["--process", "closed"], 50, False),
-        (["--process", "closed", "--think", 0.05], 3, False),
+        (["--rate", 100], None),
+        (["--rate", 100, "--after-reply"], "gaps"),
+        (["--process", "closed"], 0),
+        (["--process", "closed", "--think", 0.05], 50_000_000),
     ],
     ids=["paced", "after-reply", "closed", "think"],
 )
 def test_the_closed_client_runs_in_each_of_its_ways(
-    home: Path, server: EchoServer, flags: list[object], at_least: int, instants_kept: bool
+    home: Path, server: EchoServer, flags: list[object], rest: int | str | None
 ) -> None:
     """Paced by a schedule, resting its gaps after replies, back to back, or with a fixed rest."""
-    done = run(home, CLOSED, server.address, "--duration", 0.5, "--out", home / "o", *flags)
+    done = run(home, CLOSED, server.address, "--duration", 1.5, "--seed", 3, "--out", home / "o", *flags)
     assert done.returncode == 0, done.stderr
     rows = table(home / "o/infer_client/null.csv")
-    assert len(rows) >= at_least
+    planned = arrivals.make([Stream(0, Poisson(100), 5)], 1.5, 3).intended_ns
+    assert len(rows) == len(planned) if rest is None else len(rows) > 1
     sent = [int(row["t_tx_start_ns"]) for row in rows]
     answered = [int(row["t_rx_ns"]) for row in rows]
     assert all(reply <= next_sent for reply, next_sent in zip(answered[:-1], sent[1:], strict=True))
     intended = [int(row["t_intended_ns"]) for row in rows]
-    follows = all(due >= reply for due, reply in zip(intended[1:], answered[:-1], strict=True))
-    assert follows or instants_kept
+    gaps = [due - reply for due, reply in zip(intended[1:], answered[:-1], strict=True)]
+    if rest is None:
+        assert np.diff(intended).tolist() == np.diff(planned).tolist()
+    elif rest == "gaps":
+        assert gaps == np.diff(planned)[: len(gaps)].tolist()
+    else:
+        assert set(gaps) == {rest}
 
 
 def test_a_unix_socket_and_a_model_to_be_loaded(home: Path, tmp_path: Path) -> None:
@@ -184,10 +195,10 @@ def test_bad_input_gets_one_error_and_no_traceback(
 
 def test_no_server_is_said_in_one_line(home: Path) -> None:
     """A port nobody listens on: exit 1 and what to check."""
-    listener = listen(Address("tcp", "127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    listener.close()
-    done = run(home, OPEN, f"127.0.0.1:{port}")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        done = run(home, OPEN, f"127.0.0.1:{port}")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         f"error: cannot connect to 127.0.0.1:{port}: Connection refused; is the server running there?"
@@ -196,7 +207,7 @@ def test_no_server_is_said_in_one_line(home: Path) -> None:
 
 def test_a_server_that_breaks_off_leaves_rows_and_a_reason(home: Path) -> None:
     """Replies before the break and LOST rows after it are in the table; exit 1 with the counts."""
-    with EchoServer(Behaviour(close_at=20)) as server:
+    with EchoServer(Behaviour(close_at=20), Address("unix", str(home / "s"))) as server:
         done = run(
             home, OPEN, server.address, "--rate", 100, "--process", "constant", "--duration", 0.5, "--out", home / "o"
         )
@@ -212,7 +223,7 @@ def test_one_interrupt_ends_the_run_and_keeps_what_was_measured(home: Path, serv
     child = start(home, OPEN, server.address, "--rate", 100, "--duration", 100, "--out", home / "o")
     wait_for_requests(server, 20)
     child.send_signal(signal.SIGINT)
-    output, errors = child.communicate(timeout=30)
+    output, errors = child.communicate(timeout=300)
     assert child.returncode == 130, errors
     assert "0 errors, 0 lost" in output
     assert len(table(home / "o/infer_client/null.csv")) == server.infers
@@ -222,12 +233,15 @@ def test_a_killed_client_leaves_a_ring_that_becomes_a_table(home: Path, server: 
     """SIGKILL: every answered request is in the ring, and `python -m corun.load` writes its rows."""
     child = start(home, OPEN, server.address, "--rate", 200, "--duration", 100, "--out", home / "o")
     wait_for_requests(server, 50)
-    child.kill()
-    child.communicate(timeout=30)
     ring = home / "o/infer_client/null.0.ring"
+    while (seen := answers(ring)) < 50:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.communicate(timeout=300)
     recording = open_ring(ring)
-    answered = int((recording.records["status"] == Status.OK).sum())
-    assert 48 <= answered <= server.infers
+    answered = answers(ring)
+    assert seen <= answered <= server.infers
     assert len(recording.records) > 10_000, "requests not sent yet are still known"
     done = subprocess.run(
         [sys.executable, "-m", "corun.load", str(ring), "--csv", str(home / "t.csv")],
@@ -246,7 +260,7 @@ def test_many_client_processes_together_are_poisson(home: Path, server: EchoServ
     schedule = arrivals.make([Stream(number, Poisson(rate), 5) for number in range(streams)], duration_s, 11)
     arrivals.save(schedule, home / "schedule.npy")
     listener = listen(Address("unix", str(home / "c")))
-    listener.settimeout(30)
+    listener.settimeout(300)
     children = [
         start(home, OPEN, server.address, "--name", f"s{number}", "--stream", number, "--schedule", home / "schedule.npy",
               "--out", home / "o", "--control", f"unix:{home / 'c'}")
@@ -257,15 +271,15 @@ def test_many_client_processes_together_are_poisson(home: Path, server: EchoServ
     arm = Arm("alone", 0, 0, begin, begin + round(duration_s * NS_PER_S), 0, len(schedule))
     for message in (arm, Start()):
         for channel in channels:
-            channel.request(message)
+            channel.request(message, 300.0)
     time.sleep(max(0, arm.stop_at_ns - now_ns()) / NS_PER_S)
-    counts = [channel.request(Drain()) for channel in channels]
+    counts = [channel.request(Drain(60_000), 300.0) for channel in channels]
     for channel in channels:
         channel.request(Stop())
         channel.close()
     listener.close()
     for child in children:
-        _, errors = child.communicate(timeout=30)
+        _, errors = child.communicate(timeout=300)
         assert child.returncode == 0, errors
     assert sum(count["sent"] for count in counts) == len(schedule)
     stamps = np.concatenate([read_ring(str(count["ring"]))["t_intended"] for count in counts]) - begin
@@ -277,7 +291,7 @@ def test_many_client_processes_together_are_poisson(home: Path, server: EchoServ
 def accept(listener: socket.socket) -> Channel:
     sock, _ = listener.accept()
     channel = Channel(sock)
-    received = channel.receive(10.0)
+    received = channel.receive(60.0)
     assert received is not None
     assert isinstance(received[1], Hello)
     channel.reply(received[0])

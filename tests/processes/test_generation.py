@@ -21,7 +21,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_a_co_run_of_chatglm2_has_token_metrics(
     start: Callable[..., Program], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
@@ -30,11 +30,11 @@ def test_a_co_run_of_chatglm2_has_token_metrics(
         {
             "train": [{"arch": "chatglm2", "optimizer": "adamw", "lr": 0.001, "batch_size": 2, "threads": 1}],
             "infer": [{"arch": "chatglm2", "rate": 4, "count": 8}],
-            "duration_s": 3,
+            "duration_s": 5,
         }
     )
     program = start("main.py", "--config", config, "--out", tmp_path / "runs", "--no-report")
-    assert program.wait(200) == 0, program.output()
+    assert program.wait() == 0, program.output()
     assert "TTFT p50" in program.output()
     (run,) = (tmp_path / "runs").iterdir()
     served = [row for row in rows(run / "infer_client" / "chatglm2.csv") if row["status"] == "OK"]
@@ -50,7 +50,7 @@ def test_a_co_run_of_chatglm2_has_token_metrics(
     assert arms["corun"]["train_steps"] > 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_clients_give_deadlines_and_take_requests_back(
     start: Callable[..., Program], free_port: Callable[..., int], tmp_path: Path
 ) -> None:
@@ -69,7 +69,7 @@ def test_clients_give_deadlines_and_take_requests_back(
     }
     found = {}
     for name, program in clients.items():
-        program.wait(120)
+        program.wait()
         found[name] = rows(tmp_path / "infer_client" / f"{name}.csv")
     assert {row["status"] for row in found["open"]} | {row["status"] for row in found["closed"]} <= {
         "OK",
@@ -79,10 +79,10 @@ def test_clients_give_deadlines_and_take_requests_back(
     assert "EXPIRED" in {row["status"] for row in found["late"]} <= {"OK", "EXPIRED"}
     assert all(row["ttft_ms"] == "" and row["tokens_out"] for row in found["whole"] if row["status"] == "OK")
     server.signal(signal.SIGTERM)
-    assert server.wait(60) == 0
+    assert server.wait() == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_the_edge_server_learns_from_its_clients_in_a_process(
     start: Callable[..., Program], free_port: Callable[..., int], tmp_path: Path
 ) -> None:
@@ -110,10 +110,10 @@ def test_the_edge_server_learns_from_its_clients_in_a_process(
         for word in ("hello", "hi"):
             answer = asker.ask(json.dumps({"prompt": word, "label": "yes"}).encode(), flags=STREAM)
             assert (answer.status, len(answer.parts)) == (Status.OK, 5)
-        wait_until(lambda: ",publish," in (out / "events.csv").read_text(), 120)
+        wait_until(lambda: ",publish," in (out / "events.csv").read_text())
         assert asker.ask(b'{"prompt": "hello"}').status == Status.OK
     program.signal(signal.SIGINT)
-    assert program.wait(60) == 0, program.output()
+    assert program.wait() == 0, program.output()
     assert [row["weights_version"] for row in rows(out / "infer_server" / "edge.csv")] == ["", "", "1"]
     assert len(rows(out / "train.csv")) == 5
     assert (out / "adapter" / "adapter_model.safetensors").is_file()

@@ -71,7 +71,7 @@ def test_quiet_shows_the_tables_only(
 
 def test_a_panel_on_a_terminal(free_port: Ports, write_config: WriteConfig, tmp_path: Path) -> None:
     """On a terminal the window is a panel redrawn in place; the tables follow when it is gone."""
-    config = write_config({"infer": [FAST], "duration_s": 2.5, "port": free_port()})
+    config = write_config({"infer": [FAST], "duration_s": 4, "port": free_port()})
     master, slave = pty.openpty()
     program = subprocess.Popen(
         [sys.executable, str(SRC / "main.py"), "--config", str(config), "--out", str(tmp_path / "result")],
@@ -83,7 +83,7 @@ def test_a_panel_on_a_terminal(free_port: Ports, write_config: WriteConfig, tmp_
     os.close(slave)
     try:
         shown = _everything(master)
-        assert program.wait(60) == 0, shown
+        assert program.wait(500) == 0, shown
     finally:
         program.kill()
         program.wait()

@@ -32,9 +32,9 @@ def _manifest(run: Path) -> dict[str, Any]:
 
 def _measuring(root: Path) -> Path:
     """The run directory, once its window has begun and both loops have rows."""
-    run = wait_until(lambda: list(root.glob("*/events.csv")), 90)[0].parent
-    wait_until(lambda: "window_start" in (run / "events.csv").read_text(), 90)
-    wait_until(lambda: all(len(_rows(run / "infer_loop" / f"{name}.csv")) > 3 for name in ("null", "null-2")), 30)
+    run: Path = wait_until(lambda: list(root.glob("*/events.csv")))[0].parent
+    wait_until(lambda: "window_start" in (run / "events.csv").read_text())
+    wait_until(lambda: all(len(_rows(run / "infer_loop" / f"{name}.csv")) > 3 for name in ("null", "null-2")))
     return run
 
 
@@ -51,7 +51,7 @@ def test_loops_beside_training_from_command_to_table(start: Start, tmp_path: Pat
     """Two loops and a trainer in one window: every promised file, row and figure is there."""
     program = start(
         "multi_infer.py",
-        *("--models", "mobilenet_v3_small", "squeezenet1_1", "--seconds", 2, "--out", tmp_path / "result"),
+        *("--models", "mobilenet_v3_small", "squeezenet1_1", "--seconds", 3, "--out", tmp_path / "result"),
         *("--batch-size", 2, *SMALL, *TRAIN),
     )
     assert program.wait() == 0, program.output()
@@ -68,7 +68,8 @@ def test_loops_beside_training_from_command_to_table(start: Start, tmp_path: Pat
         assert figures["p50_ms"] is None or figures["p50_ms"] <= figures["max_ms"]
         assert {row["batch"] for row in rows} == {"2"}
         assert {row["train_model_name"] for row in rows} == {"squeezenet1_1_8"}
-        assert all(window["start_ns"] <= int(row["t_start_ns"]) < window["stop_ns"] for row in rows)
+        assert all(int(row["t_start_ns"]) >= window["start_ns"] for row in rows)
+        assert all(int(row["t_end_ns"]) < window["stop_ns"] for row in rows[:-1]), "the last one began before the end"
         assert _table_row(program.output(), figures["loop"])[2] == str(figures["inferences"])
     steps = _rows(run / "train.csv")
     assert steps
@@ -76,12 +77,13 @@ def test_loops_beside_training_from_command_to_table(start: Start, tmp_path: Pat
     assert summary["train_samples_per_s"] > 0
     assert f"training squeezenet1_1_8: {summary['train_samples_per_s']:.1f} samples/s" in program.output()
     assert {"loop", "trainer", "profiler"} <= {row["role"] for row in _rows(run / "process.csv")}
-    assert len(_rows(run / "profile.csv")) >= 2
+    ticks = _rows(run / "profile.csv")
+    assert len(ticks) + sum(int(row["missed"]) for row in ticks) >= 3
 
 
 def test_a_killed_loop_is_reported_and_survived(start: Start, tmp_path: Path) -> None:
     """kill -9 of one loop ends the run as failed with its name; the other works to the end of the window."""
-    program = start("multi_infer.py", "--models", "null", "null", "--seconds", 4, "--out", tmp_path / "result")
+    program = start("multi_infer.py", "--models", "null", "null", "--seconds", 8, "--out", tmp_path / "result")
     run = _measuring(tmp_path / "result")
     pids = _pids(run)
     os.kill(pids["loop null"], signal.SIGKILL)
@@ -100,22 +102,22 @@ def test_a_killed_loop_is_reported_and_survived(start: Start, tmp_path: Path) ->
 
 def test_ctrl_c_ends_the_window_and_saves(start: Start, tmp_path: Path) -> None:
     """The first Ctrl-C drains, writes the summary and exits with 130."""
-    program = start("multi_infer.py", "--models", "null", "null", "--seconds", 60, "--out", tmp_path / "result")
+    program = start("multi_infer.py", "--models", "null", "null", "--seconds", 600, "--out", tmp_path / "result")
     run = _measuring(tmp_path / "result")
     program.signal(signal.SIGINT)
-    assert program.wait(60) == 130, program.output()
+    assert program.wait() == 130, program.output()
     assert _manifest(run)["status"] == "interrupted"
     assert json.loads((run / "loops.json").read_text())["loops"][0]["inferences"] > 3
 
 
 def test_loops_die_with_a_killed_launcher(start: Start, tmp_path: Path) -> None:
     """kill -9 of the launcher takes its children with it; rows written so far stay."""
-    program = start("multi_infer.py", "--models", "null", "null", "--seconds", 60, "--out", tmp_path / "result")
+    program = start("multi_infer.py", "--models", "null", "null", "--seconds", 600, "--out", tmp_path / "result")
     run = _measuring(tmp_path / "result")
     pids = _pids(run)
     program.signal(signal.SIGKILL)
     program.wait()
-    wait_until(lambda: not [pid for pid in pids.values() if is_running(pid)], 15)
+    wait_until(lambda: not [pid for pid in pids.values() if is_running(pid)])
     assert _manifest(run)["status"] == "running"
     assert len(_rows(run / "infer_loop" / "null.csv")) > 3
 

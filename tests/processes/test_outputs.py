@@ -31,7 +31,7 @@ from corun.wire.channel import Channel
 from corun.wire.messages import Load
 
 Ask = Callable[..., bytes]
-LOAD_S = 90.0
+LOAD_S = 300.0
 SEED = 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -54,12 +54,12 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     with open(directory / "log", "w") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log)
     try:
-        channel = Channel(connect(address, 30.0, retry=True))
+        channel = Channel(connect(address, 180.0, retry=True))
 
         def one(model: str, payload: bytes, **options: Any) -> bytes:
             channel.request(Load(model, options), LOAD_S)
             with Asker(address) as asker:
-                answer = asker.ask(payload)
+                answer = asker.ask(payload, LOAD_S)
             assert answer.status == Status.OK, answer.payload
             return answer.payload
 
@@ -187,7 +187,7 @@ def test_boxes_are_ultralytics(ask: Ask, photograph: bytes, tmp_path: Path) -> N
     argv = [sys.executable, "-c", PREDICT, "photograph.jpg", str(tmp_path / "state"), str(tmp_path / "cache")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+        argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
     expected = np.load(tmp_path / "state.npy")

@@ -38,7 +38,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: str, *argv: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SRC / f"{program}_training.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=cwd, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=cwd, check=False)
 
 
 def module(program: str) -> ModuleType:

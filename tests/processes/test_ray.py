@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.processes import tools
 from tests.processes.ray_nodes import Cluster, command_lines, make_cluster
 from tests.processes.tools import SRC, Program, is_running, wait_until
 
 pytest.importorskip("ray", reason='Ray is not installed: pip install -e ".[ray]"')
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 Start = Callable[..., Program]
 Ports = Callable[..., int]
@@ -32,19 +32,19 @@ SERVICES = [
     {"arch": "null", "name": "second", "rate": 20, "image_size": 32, "count": 4},
 ]
 S = 1_000_000_000
-SLACK_NS = S // 10
+SLACK_NS = S
 """Far more than any clock bound of a busy machine, far less than the offset that was set."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    made = make_cluster(port)
-    print("nodes in network namespaces" if made.clients.prefix else "nodes on the loopback: no network namespaces")
-    yield made
-    made.close()
+    with tools.Ports() as ports:
+        made = make_cluster(ports.take())
+        print(
+            "nodes in network namespaces" if made.clients.prefix else "nodes on the loopback: no network namespaces"
+        )
+        yield made
+        made.close()
 
 
 def _launch(cluster: Cluster, **placement: str) -> dict[str, Any]:
@@ -83,8 +83,8 @@ def _left(run: Path) -> list[str]:
 
 
 def _in_a_window(root: Path) -> Path:
-    run: Path = wait_until(lambda: list(root.glob("*/events.csv")), 90)[0].parent
-    wait_until(lambda: "window_start" in (run / "events.csv").read_text(), 90)
+    run: Path = wait_until(lambda: list(root.glob("*/events.csv")))[0].parent
+    wait_until(lambda: "window_start" in (run / "events.csv").read_text())
     return run
 
 
@@ -96,7 +96,7 @@ def test_a_corun_over_two_nodes(
         {
             "train": [TRAIN],
             "infer": [SERVICES],
-            "duration_s": 2,
+            "duration_s": 4,
             "port": free_port(2),
             "sharing": {"policy": "idle+slo", "slo_ms": 500},
             "launch": _launch(cluster),
@@ -192,14 +192,14 @@ def test_a_lost_node_is_named_and_the_rest_is_kept(
             "train": [TRAIN],
             "infer": [SERVICES],
             "arms": ["corun"],
-            "duration_s": 6,
+            "duration_s": 15,
             "port": free_port(2),
             "launch": {**_launch(cluster, server="doomed"), "collect_s": 1},
         }
     )
     program = _main(start, cluster, config, tmp_path / "result", "--no-report")
     run = _in_a_window(tmp_path / "result")
-    wait_until(lambda: (run / "train.csv").exists() and len(_rows(run / "train.csv")) > 1, 60)
+    wait_until(lambda: (run / "train.csv").exists() and len(_rows(run / "train.csv")) > 1)
     cluster.kill(doomed)
     assert program.wait() == 1, program.output()
     assert "Traceback" not in program.output()
@@ -221,7 +221,7 @@ def test_ctrl_c_stops_every_node(
 ) -> None:
     """One Ctrl-C drains, brings the rows and ends the processes of all nodes; kill -9 ends them too."""
     config = write_config(
-        {"train": [], "infer": [SERVICES], "duration_s": 60, "port": free_port(2), "launch": _launch(cluster)}
+        {"train": [], "infer": [SERVICES], "duration_s": 600, "port": free_port(2), "launch": _launch(cluster)}
     )
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         root = tmp_path / number.name
@@ -229,7 +229,7 @@ def test_ctrl_c_stops_every_node(
         run = _in_a_window(root)
         program.signal(number)
         assert program.wait() == code, program.output()
-        wait_until(lambda run=run: not _left(run), 30)
+        wait_until(lambda run=run: not _left(run))
         if number == signal.SIGINT:
             assert _manifest(run)["status"] == "interrupted"
             assert _rows(run / "infer_server" / "null.csv") or _rows(run / "infer_client" / "null.csv") == []
@@ -263,7 +263,7 @@ def test_servers_and_clients_by_hand(cluster: Cluster, start: Start, free_port: 
     shared = {"prefix": cluster.clients.prefix, **cluster.environment}
     words = ("--models", "null", "null", "--port", port, "--launch", launch, "--out", tmp_path / "servers")
     servers = start("multi_server.py", *words, **shared)
-    wait_until(lambda: "2 servers starting" in servers.output(), 60)
+    wait_until(lambda: "2 servers starting" in servers.output())
     words = ("--models", "null", "--rates", 30, "--duration", 1, "--port", port, "--launch", launch)
     clients = start("multi_client.py", *words, "--out", tmp_path / "result", **shared)
     assert clients.wait() == 0, clients.output()
@@ -307,7 +307,7 @@ def test_replicas_of_the_control_plane_run_on_nodes(cluster: Cluster, free_port:
         env={**os.environ, **cluster.environment, "PYTHONPATH": str(SRC)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     running, stopped, killed = done.stdout.splitlines()
@@ -329,7 +329,7 @@ def test_tasks_are_served_on_the_nodes(cluster: Cluster, start: Start, tmp_path:
 
     tasks("register", "echo", "--kind", "null", "--model", "null")
     supervisor = start("tasks.py", "up", "--launch", json.dumps(_launch(cluster)), **shared)
-    wait_until(lambda: '"state": "ready"' in tasks("status", "--json") or supervisor.popen.poll() is not None, 90)
+    wait_until(lambda: '"state": "ready"' in tasks("status", "--json") or supervisor.popen.poll() is not None)
     assert "OK" in tasks("infer", "echo"), supervisor.output()
     assert cluster.servers.address in tasks("status", "--json")
     tasks("down")

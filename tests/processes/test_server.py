@@ -49,13 +49,13 @@ def flood(address: Address, count: int, size: int = 1) -> socket.socket:
 def replies(sock: socket.socket, count: int) -> list[Any]:
     """The headers of the next `count` replies."""
     reader, headers = ReplyReader(), []
-    sock.settimeout(60)
+    sock.settimeout(180)
     while len(headers) < count:
         headers += [frame.header for frame in reader.receive(sock)]
     return headers
 
 
-def ask(address: Address, message: Message, timeout_s: float = 60.0) -> dict[str, Any]:
+def ask(address: Address, message: Message, timeout_s: float = 180.0) -> dict[str, Any]:
     """One control message over a connection of its own."""
     channel = Channel(connect(address))
     try:
@@ -103,7 +103,7 @@ def test_a_unix_socket(start: Start, tmp_path: Path) -> None:
     """--address unix:/path serves there."""
     address = Address("unix", str(tmp_path / "null.sock"))
     program = start("server.py", "--model", "null", "--address", address)
-    with Asker(address, timeout_s=30.0) as asker:
+    with Asker(address, timeout_s=180.0) as asker:
         assert asker.ask(b"x").status == Status.OK
     program.signal(signal.SIGINT)
     assert program.wait() == 0
@@ -118,7 +118,7 @@ def test_a_null_service_never_imports_torch(start: Start) -> None:
 
 def test_a_full_queue_rejects_at_once(start: Start) -> None:
     """With room for three behind a slow model, the rest is REJECTED before the first is done, and counted."""
-    _, address = serve(start, "--model", "null", "--extra", '{"service_ms": 300}', "--queue-limit", 3)
+    _, address = serve(start, "--model", "null", "--extra", '{"service_ms": 1000}', "--queue-limit", 3)
     with flood(address, 10) as sock:
         headers = replies(sock, 10)
     kinds = [header.status for header in headers]
@@ -131,7 +131,7 @@ def test_a_full_queue_rejects_at_once(start: Start) -> None:
 def test_the_batcher_shares_a_service_time(start: Start) -> None:
     """Sixteen requests on a model with a fixed time per batch run in batches of eight, not one by one."""
     _, address = serve(
-        start, "--model", "null", "--extra", '{"service_ms": 20}', "--max-batch", 8, "--max-delay-ms", 2000
+        start, "--model", "null", "--extra", '{"service_ms": 20}', "--max-batch", 8, "--max-delay-ms", 60_000
     )
     with flood(address, 16) as sock:
         headers = replies(sock, 16)
@@ -139,7 +139,7 @@ def test_the_batcher_shares_a_service_time(start: Start) -> None:
     assert [header.id for header in headers] == list(range(16))
     for header in headers:
         stamps = dict(zip(("first", "done", "picked", "batched"), header.stamps, strict=False))
-        assert stamps["batched"] - stamps["done"] < 2_000_000_000
+        assert stamps["batched"] - stamps["done"] < 60_000_000_000
 
 
 def test_a_stopped_server_finishes_what_it_has(start: Start, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_second_interrupt_kills(start: Start) -> None:
 
     wait_until(refusing)
     program.signal(signal.SIGINT)
-    assert program.wait(30) == 130
+    assert program.wait() == 130
     sock.close()
 
 
@@ -207,7 +207,7 @@ def test_a_killed_server_leaves_whole_rows(start: Start, tmp_path: Path) -> None
 def test_bad_input_is_one_clear_error(start: Start, arguments: list[str], words: str) -> None:
     """Exit 2 with a sentence and no traceback, before anything is served."""
     program = start("server.py", "--port", 0, *arguments)
-    assert program.wait(60) == 2
+    assert program.wait() == 2
     assert words in program.output()
     assert "Traceback" not in program.output()
 
@@ -216,7 +216,7 @@ def test_a_port_in_use_is_one_clear_error(start: Start) -> None:
     """The second server on a port exits 2 and says which port; the first serves on."""
     _, address = serve(start, "--model", "null")
     second = start("server.py", "--model", "null", "--port", address.port)
-    assert second.wait(60) == 2
+    assert second.wait() == 2
     assert f"cannot listen on {address}" in second.output()
     assert "Traceback" not in second.output()
     with Asker(address) as asker:
@@ -270,12 +270,12 @@ def test_a_real_model_is_loaded_replaced_and_survives_bad_pictures(start: Start,
     assert "without a model: waiting for LOAD" in program.output()
     with Asker(address) as asker:
         assert asker.ask(b"x").status == Status.NOT_LOADED
-        body = ask(address, Load("squeezenet1_1", {"image_size": 64}), 120.0)
+        body = ask(address, Load("squeezenet1_1", {"image_size": 64}))
         assert (body["model"], body["weights"], body["device"]) == ("squeezenet1_1", "random", "cpu")
         with pytest.raises(RunFault, match='did you mean "squeezenet1_1"'):
-            ask(address, Load("squeezenet11"), 60.0)
+            ask(address, Load("squeezenet11"))
         with pytest.raises(RunFault, match="image_size"):
-            ask(address, Load("squeezenet1_1", {"image_size": 4}), 60.0)
+            ask(address, Load("squeezenet1_1", {"image_size": 4}))
         ask(address, Arm("alone", 0, 0, 0, 0))
         jpeg = images.encode_jpeg(images.made_image(1, 80, 80))
         statuses = [asker.ask(payload).status for payload in (jpeg, jpeg[: len(jpeg) // 2], b"no picture", jpeg)]
@@ -294,6 +294,6 @@ def test_a_real_model_is_loaded_replaced_and_survives_bad_pictures(start: Start,
 def test_cuda_without_cuda_is_one_clear_error(start: Start) -> None:
     """--device cuda on a machine without: exit 2 with a sentence, not a traceback."""
     program = start("server.py", "--model", "squeezenet1_1", "--port", 0, "--device", "cuda", CUDA_VISIBLE_DEVICES="")
-    assert program.wait(90) == 2
+    assert program.wait() == 2
     assert 'device "cuda" is not there' in program.output()
     assert "Traceback" not in program.output()

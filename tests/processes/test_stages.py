@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.processes.tools import SRC
+from tests.processes.tools import SRC, Ports
 
 from corun.report.stages import NAMES, STAGES, stage_ms
 from corun.run.read import Table, read, select
@@ -31,26 +29,16 @@ SERVICES = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four null services on one host, one run: alone, batched, with a service time, with one request in flight."""
     folder = tmp_path_factory.mktemp("stages")
-    port = next(first for first in range(31_000 + os.getpid() % 20_000, 60_000, 16) if _all_free(first))
-    config = {"infer": [SERVICES], "duration_s": 3, "port": port, "calibrate": False}
-    (folder / "config.json").write_text(json.dumps(config))
     command = [sys.executable, str(SRC / "main.py"), "--config", str(folder / "config.json"), "--quiet"]
-    done = subprocess.run(
-        [*command, "--out", str(folder / "result")], capture_output=True, text=True, timeout=110, check=False
-    )
+    with Ports() as ports:
+        config = {"infer": [SERVICES], "duration_s": 3, "port": ports.take(len(SERVICES)), "calibrate": False}
+        (folder / "config.json").write_text(json.dumps(config))
+        done = subprocess.run(
+            [*command, "--out", str(folder / "result")], capture_output=True, text=True, timeout=500, check=False
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (entry for entry in (folder / "result").iterdir() if entry.is_dir())
     return path
-
-
-def _all_free(first: int) -> bool:
-    for index in range(len(SERVICES)):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", first + index))
-            except OSError:
-                return False
-    return True
 
 
 def _answered(path: Path, service: str) -> Table:
@@ -78,12 +66,10 @@ def test_stages_sum_to_the_sojourn(run: Path) -> None:
 
 def test_each_stage_holds_its_own_time(run: Path) -> None:
     """A service time is device time, a batch delay is batch wait, a request held back at the client is client queue."""
-    mean = {str(entry["name"]): stage_ms(_answered(run, str(entry["name"]))).mean(axis=0) for entry in SERVICES}
+    stages = {str(entry["name"]): stage_ms(_answered(run, str(entry["name"]))) for entry in SERVICES}
     device, wait = NAMES.index("device"), NAMES.index("batch wait")
-    assert mean["slow"][device] >= 3.0
-    assert mean["plain"][device] < 1.0
-    assert mean["batched"][wait] > 1.0
-    assert mean["plain"][wait] < 1.0
+    assert stages["slow"][:, device].min() >= 3.0 > np.quantile(stages["plain"][:, device], 0.1)
+    assert np.quantile(stages["batched"][:, wait], 0.9) > 1.0 > np.quantile(stages["plain"][:, wait], 0.1)
     rows = _answered(run, "one-at-a-time")
     late = rows["t_tx_start_ns"] - rows["t_intended_ns"]
     assert np.allclose(stage_ms(rows)[:, NAMES.index("client queue")], late / 1e6)

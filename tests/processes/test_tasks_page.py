@@ -24,7 +24,7 @@ def shown(link: str, profile: Path) -> str:
     if chromium is None:
         pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
     argv = [chromium, *FLAGS, f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", link]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=110).stdout
+    return subprocess.run(argv, capture_output=True, text=True, timeout=500).stdout
 
 
 def test_the_page_draws_every_task(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_page_draws_every_task(tmp_path: Path) -> None:
             rows.row({"t_s": 1000.0 + 2 * second, "rate": second, "p50_ms": 5.0, "max_ms": 150.0, "replicas": 1})
         rows.close()
         now = {
-            "t_s": time.time(),
+            "t_s": time.time() + 3600,
             "up": True,
             "pid": 4711,
             "directory": str(tmp_path / "run"),

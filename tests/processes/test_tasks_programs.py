@@ -34,7 +34,7 @@ class Tasks:
             [sys.executable, str(SRC / "tasks.py"), *map(str, words)],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=400,
             env={**os.environ, **self.environment},
         )
         assert done.returncode == code, done.stdout + done.stderr

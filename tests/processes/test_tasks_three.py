@@ -64,7 +64,7 @@ def kill(up: Up, runtime: str) -> str:
     return victim
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("runtime", ["process", "docker"])
 def test_three_tasks_survive_a_kill(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request is answered or counted as an error, the killed server is replaced, each task has its report."""

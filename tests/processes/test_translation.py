@@ -58,7 +58,7 @@ def test_beside_a_training_of_its_own_kind(
         {
             "train": [{"arch": "nmt", "data": "pairs", "batch_size": 8, "count": 64}],
             "infer": [[{"arch": "nmt", "data": "pairs", "rate": 4, "count": 8, "extra": {"max_new": 4}}]],
-            "duration_s": 2,
+            "duration_s": 4,
             "port": free_port(),
             "repeat": 1,
         }

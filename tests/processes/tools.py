@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src"
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+def wait_until(condition: Callable[[], Any], timeout_s: float = 180.0) -> Any:
     """Poll until the condition is true and return its value; fails the test when it never is."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -22,6 +24,56 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
             return value
         time.sleep(0.02)
     raise AssertionError(f"not within {timeout_s:g} s: {condition}")
+
+
+class Ports:
+    """Blocks of ports below those that the kernel gives to outgoing connections, each one test's while it is held.
+
+    Processes of one test run side by side and bind a port long after it was asked for: a block is reserved by a name
+    in the kernel's abstract socket space, which goes when its holder does.
+    """
+
+    SIZE = 16
+
+    def __init__(self) -> None:
+        self._held: list[socket.socket] = []
+
+    def __enter__(self) -> Ports:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name in self._held:
+            name.close()
+
+    def take(self, count: int = 1) -> int:
+        """The first of `count` free ports in a row."""
+        first, end = 20_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        blocks = range(first, end, self.SIZE)
+        for block in (*blocks[os.getpid() % len(blocks) :], *blocks):
+            if self._reserve(block):
+                if all(map(_is_free, range(block, block + count))):
+                    return block
+                self._held.pop().close()
+        raise AssertionError("no free ports")
+
+    def _reserve(self, block: int) -> bool:
+        name = socket.socket(socket.AF_UNIX)
+        try:
+            name.bind(f"\0corun-test-ports-{block}")
+        except OSError:
+            name.close()
+            return False
+        self._held.append(name)
+        return True
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 class Program:
@@ -38,7 +90,7 @@ class Program:
     def output(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def wait(self, timeout_s: float = 120.0) -> int:
+    def wait(self, timeout_s: float = 500.0) -> int:
         return self.popen.wait(timeout_s)
 
     def signal(self, number: signal.Signals) -> None:

@@ -17,6 +17,8 @@ from corun.wire.messages import Hello
 from corun.wire.sockets import Address, connect, listen
 
 POLL_S = 0.05
+HELLO_S = 30.0
+"""A process that has connected says HELLO at once, or once a busy machine lets it."""
 
 
 class Watched(Protocol):
@@ -60,7 +62,7 @@ class ControlSocket:
             except TimeoutError:
                 continue
             channel = Channel(connection)
-            received = channel.receive(timeout_s=5.0)
+            received = channel.receive(HELLO_S)
             header, hello = received or (None, None)
             if header is None or not isinstance(hello, Hello) or hello.pid not in waiting:
                 channel.close()
@@ -81,7 +83,12 @@ def wait_for_server(child: Child, address: Address, family: Watched, timeout_s: 
         except PeerClosed:
             time.sleep(POLL_S)
             continue
-        body = channel.request(Hello(role="launcher"), timeout_s=5.0)
+        try:
+            body = channel.request(Hello(role="launcher"), HELLO_S)
+        except PeerClosed:
+            channel.close()
+            time.sleep(POLL_S)
+            continue
         if body.get("pid") not in (None, child.popen.pid):
             channel.close()
             raise RunFault(f"{address} is held by another server (pid {body['pid']}); choose another port")

@@ -42,6 +42,7 @@ FLUSH_AFTER_S = 0.5
 FLUSH_AT_LATEST_S = 1.0
 QUIET_S = 0.002
 JOIN_S = 0.5
+IDLE_JOIN_S = 10.0
 FOREVER = -1.0
 
 EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
@@ -367,7 +368,7 @@ class Server:
     def _shut_down(self) -> None:
         self.queue.close()
         self.queue.give_up()
-        self.abandoned = not self.worker.join(JOIN_S)
+        self.abandoned = not self.worker.join(JOIN_S if self.queue.in_flight else IDLE_JOIN_S)
         if self.abandoned:
             lost = self.queue.in_flight
             self.fault("stopped while the model was busy" + f"; {lost} requests are lost" * bool(lost))

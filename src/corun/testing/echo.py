@@ -29,7 +29,8 @@ from corun.wire.messages import Hello, Load, decode, encode
 class Behaviour:
     """What the server does to requests; counts are per connection, from 1, and 0 means never.
 
-    delay_s: work per request. stall_at, stall_s: before answering that request it stands still once.
+    delay_s: work per request. stall_at, stall_s: before answering that request it stands still once, for so long
+    or until `go_on` of the server is set.
     never_reads: accepts and reads nothing. close_at: closes in the middle of that reply. garbage_at: sends
     bytes that are no frame instead of that reply. mute_at: swallows that request. reject_every: every n-th
     is answered REJECTED. shuffle: replies are held and sent in reversed groups of that size.
@@ -54,23 +55,31 @@ class Behaviour:
 
 
 class EchoServer:
-    """Listens on `address` until the context is left; `loads` are the models clients asked for."""
+    """Listens on `address` until the context is left; `loads` are the models clients asked for.
+
+    go_on: ends a stall. stood_still: begin and end (CLOCK_MONOTONIC ns) of the stall that was.
+    """
 
     def __init__(self, behaviour: Behaviour | None = None, address: Address | None = None) -> None:
         self.behaviour = behaviour or Behaviour()
         self.model = self.behaviour.model
         self.loads: list[str] = []
         self.infers = 0
+        self.go_on = threading.Event()
+        self.stood_still = (0, 0)
         self._listener = listen(address or Address("tcp", "127.0.0.1", 0))
         name = self._listener.getsockname()
         self.address = Address("unix", name) if isinstance(name, str) else Address("tcp", name[0], name[1])
         self._connections: list[socket.socket] = []
+        self._over = False
 
     def __enter__(self) -> EchoServer:
         threading.Thread(target=self.serve, daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._over = True
+        self.go_on.set()
         for sock in (self._listener, *self._connections):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -83,8 +92,11 @@ class EchoServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            tune(sock)
             self._connections.append(sock)
+            if self._over:
+                sock.close()
+                return
+            tune(sock)
             threading.Thread(target=_Connection(self, sock).serve, daemon=True).start()
 
 
@@ -120,7 +132,9 @@ class _Connection:
     def _infer(self, header: RequestHeader, frame: Frame) -> None:
         behaviour, count = self.server.behaviour, self.count
         if count == behaviour.stall_at:
-            time.sleep(behaviour.stall_s)
+            begin_ns = now_ns()
+            self.server.go_on.wait(behaviour.stall_s)
+            self.server.stood_still = (begin_ns, now_ns())
         if behaviour.delay_s:
             time.sleep(behaviour.delay_s)
         reply = self._reply(header, frame)

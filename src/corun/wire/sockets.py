@@ -122,6 +122,7 @@ def connect(address: Address, timeout_s: float = 5.0, retry: bool = False) -> so
         sock.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             sock.connect(address.target)
+            _refuse_oneself(sock)
         except OSError as error:
             sock.close()
             if retry and time.monotonic() + RETRY_EVERY_S < deadline:
@@ -133,3 +134,9 @@ def connect(address: Address, timeout_s: float = 5.0, retry: bool = False) -> so
         sock.settimeout(None)
         tune(sock)
         return sock
+
+
+def _refuse_oneself(sock: socket.socket) -> None:
+    """A port of the ephemeral range that nobody listens on may be the one this socket was given: it then meets itself."""
+    if sock.family != socket.AF_UNIX and sock.getsockname() == sock.getpeername():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))

@@ -33,11 +33,11 @@ def test_it_starts_watches_and_stops_processes(agent: NodeAgent) -> None:
     """A process started on a node can be waited for, signalled, and asked for its last words."""
     sleeper = agent.start("client", "sleeper", [sys.executable, "-c", "import time; time.sleep(60)"], {})
     failing = agent.start("client", "failing", [sys.executable, "-c", "raise SystemExit('error: no data')"], {})
-    assert agent.wait(failing, 30.0) == 1
+    assert agent.wait(failing, 120.0) == 1
     assert "error: no data" in agent.log_tail(failing)
     assert agent.wait(sleeper, 0.0) is None
     agent.send_signal(sleeper, signal.SIGKILL)
-    assert agent.wait(sleeper, 30.0) == -signal.SIGKILL
+    assert agent.wait(sleeper, 120.0) == -signal.SIGKILL
     with pytest.raises(RunFault, match="no process 1 "):
         agent.wait(1, 0.0)
 

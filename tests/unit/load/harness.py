@@ -44,7 +44,7 @@ def send(
     offsets_s: Sequence[float],
     path: Path,
     payload: bytes = PAYLOAD,
-    patience_s: float = 5.0,
+    patience_s: float = 60.0,
     watches: Sequence[Watch] = (),
     timing: Timing = TIMING,
 ) -> Result:
@@ -67,7 +67,7 @@ def one_at_a_time(
     path: Path,
     rests_ns: Sequence[int] | None = None,
     stop_s: float | None = None,
-    patience_s: float = 5.0,
+    patience_s: float = 60.0,
 ) -> Result:
     """Run the closed loop; rests_ns None = paced by the offsets, else free with so many slots as offsets."""
     start = now_ns() + 20_000_000
@@ -84,3 +84,8 @@ def one_at_a_time(
 def milliseconds(records: Records, end: str, start: str) -> np.ndarray:
     """A difference of two columns in ms."""
     return (records[end] - records[start]) / 1e6
+
+
+def over(stall: tuple[int, int], begin: np.ndarray, end: np.ndarray) -> int:
+    """How many of the intervals from `begin` to `end` (ns) have a common instant with a stall."""
+    return int(((begin < stall[1]) & (end > stall[0])).sum())

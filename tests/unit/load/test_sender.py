@@ -38,7 +38,7 @@ def ring(tmp_path: Path) -> Path:
 def test_every_scheduled_request_is_sent_once_and_never_early(ring: Path, timing: Timing) -> None:
     """On every rung of the wait ladder sent == scheduled, all stamps are in order, and slip is never negative."""
     with EchoServer() as server:
-        result = send(server, spaced(300), ring, timing=timing)
+        result = send(server, spaced(300), ring, payload=bytes(16), timing=timing)
         assert server.infers == 300
     counts, records = result.counts, result.records
     assert (counts.scheduled, counts.sent, counts.ok, counts.lost, counts.unsent) == (300, 300, 300, 0, 0)
@@ -78,23 +78,30 @@ def test_a_late_sender_keeps_intended_instants(ring: Path) -> None:
 
 
 def test_a_server_that_does_not_read_never_blocks_the_sender(ring: Path) -> None:
-    """200 images of 150 KB, more than all kernel buffers take: every one is noticed on time and kept in user space."""
+    """200 images of 150 KB, more than all kernel buffers take: every one is noticed and kept in user space."""
     with EchoServer(Behaviour(never_reads=True)) as server:
-        result = send(server, spaced(200), ring, payload=bytes(150 * 1024), patience_s=0.5)
+        noticed = _EndOnceNoticed(200)
+        result = send(server, spaced(200), ring, payload=bytes(150 * 1024), watches=[noticed])
+        noticed.close()
     counts, records = result.counts, result.records
     assert counts.scheduled == 200
     assert counts.lost == 200
     assert 0 < counts.sent < 200
     assert counts.backlog_max > 10
-    late_ms = milliseconds(records, "t_wake", "t_intended")
-    assert (records["t_wake"] > 0).all(), "no request was forgotten while the socket was full"
-    assert np.median(late_ms) < 100
+    wake, due = records["t_wake"], records["t_intended"]
+    assert (wake > 0).all(), "no request was forgotten while the socket was full"
+    assert (wake >= due).all()
+    wakes = np.unique(wake)
+    assert (wakes[np.searchsorted(wakes, due)] == wake).all(), "noticed at the first wake-up after its instant"
 
 
 def test_a_slow_reader_gets_every_byte_in_pieces(ring: Path, tmp_path: Path) -> None:
     """Sends that the kernel takes in part go on where they stopped: all replies come back OK."""
-    with EchoServer(Behaviour(delay_s=0.002), Address("unix", str(tmp_path / "s"))) as server:
-        result = send(server, spaced(150, 0.0002), ring, payload=bytes(300_000), patience_s=20)
+    behaviour = Behaviour(delay_s=0.002, stall_at=1, stall_s=60.0)
+    with EchoServer(behaviour, Address("unix", str(tmp_path / "s"))) as server:
+        full = _GoOnWhenFull(server)
+        result = send(server, spaced(150, 0.0002), ring, payload=bytes(300_000), watches=[full])
+        full.close()
     assert result.counts.ok == 150
     assert result.counts.backlog_max > 0, "the kernel's buffers were never full: the test is too small"
     assert (result.records["t_tx_done"] > result.records["t_tx_start"]).all()
@@ -158,7 +165,7 @@ def test_a_server_that_vanishes_while_it_owes_image_sized_requests_is_a_fault(ri
 def test_a_request_without_a_reply_is_lost_when_patience_ends(ring: Path) -> None:
     """The drain timeout bounds the wait for a reply that never comes; the others keep theirs."""
     with EchoServer(Behaviour(mute_at=3)) as server:
-        result = send(server, spaced(10), ring, patience_s=0.2)
+        result = send(server, spaced(10), ring, patience_s=3.0)
     assert (result.counts.ok, result.counts.lost, result.counts.fault) == (9, 1, "")
     assert result.records["status"][2] == Status.LOST
     assert result.records["t_tx_done"][2] > 0
@@ -233,7 +240,32 @@ class _EndAfter(_Pipe):
         self._sent = sent
 
     def attend(self, progress: Progress) -> int | None:
-        return now_ns() + 5_000_000_000 if progress.sent >= self._sent else None
+        return now_ns() + 60_000_000_000 if progress.sent >= self._sent else None
+
+
+class _EndOnceNoticed(_Pipe):
+    """Ends the segment when so many requests were noticed, sent or not."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def attend(self, progress: Progress) -> int | None:
+        return now_ns() if progress.sent + progress.backlog >= self._count else None
+
+
+class _GoOnWhenFull(_Pipe):
+    """Has the server go on once the kernel takes no more."""
+
+    def __init__(self, server: EchoServer) -> None:
+        super().__init__()
+        self._server = server
+
+    def attend(self, progress: Progress) -> int | None:
+        if progress.backlog and not self._server.go_on.is_set():
+            self._server.go_on.set()
+            self._near.recv(1)
+        return None
 
 
 class _Sleep(_Pipe):

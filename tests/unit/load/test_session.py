@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import socket
 import threading
 import time
@@ -60,20 +61,29 @@ class Launcher:
         assert self.channel.request(arm)["ready"]
         return arm
 
-    def run(self, segment: int, first: int, last: int, ahead_ms: int = 60, length_ms: int = 100) -> Finished:
-        """A whole segment: ARM, START, its time, DRAIN."""
+    def run(
+        self, segment: int, first: int, last: int, ahead_ms: int = 60, length_ms: int = 100, answered: int = 0
+    ) -> Finished:
+        """A whole segment: ARM, START, its time and at least so many answers, DRAIN."""
         arm = self.arm(segment, first, last, ahead_ms, length_ms)
         self.channel.request(Start(segment))
+        if answered:
+            self.wait_for("answered", answered)
         time.sleep(max(0, arm.stop_at_ns - now_ns()) / NS_PER_S)
         return Finished(arm, self.drain())
 
     def end(self) -> None:
         """Go away and wait for the client to notice."""
         self.channel.close()
-        self.thread.join(10)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
-    def drain(self, timeout_ms: int = 5000) -> dict[str, object]:
+    def wait_for(self, counter: str, count: int) -> None:
+        """Until STATS says so many."""
+        while self.channel.request(Stats())[counter] < count:
+            time.sleep(0.001)
+
+    def drain(self, timeout_ms: int = 60_000) -> dict[str, object]:
         return self.channel.request(Drain(timeout_ms))
 
 
@@ -99,7 +109,7 @@ def _start(server: EchoServer, schedule: Schedule, out: Path, **options: object)
     thread = threading.Thread(target=_serve, args=(client, schedule, Channel(far), stop), daemon=True)
     thread.start()
     channel = Channel(near)
-    received = channel.receive(5.0)
+    received = channel.receive(60.0)
     assert received is not None
     header, hello = received
     assert isinstance(hello, Hello)
@@ -145,7 +155,7 @@ def test_segments_follow_each_other_with_their_own_rows(
         assert (records["t_tx_start"] >= arm.start_at_ns).all()
         assert counts["ring"] == str(tmp_path / "infer_client" / f"svc.{segment}.ring")
     launcher.channel.request(Stop())
-    launcher.thread.join(5)
+    launcher.thread.join(60)
     assert not launcher.thread.is_alive()
     assert server.infers == 50
 
@@ -198,18 +208,18 @@ def test_counters_are_told_while_the_segment_runs(
     seen = [launcher.channel.request(Stats())["sent"] for _ in range(20)]
     assert seen == sorted(seen)
     assert launcher.channel.clock_offset(2).bound_ns >= 0
-    assert launcher.drain()["ok"] + 0 <= 200
+    launcher.wait_for("sent", 200)
+    assert launcher.drain()["ok"] == 200
 
 
 def test_draining_early_leaves_what_was_not_due_unsent(
     start: Callable[..., Launcher], server: EchoServer, tmp_path: Path
 ) -> None:
     """DRAIN before the segment's end: what is out is waited for, the rest is neither sent nor lost."""
-    launcher = start(server, evenly(10, 10.0), tmp_path)
+    launcher = start(server, evenly(10, 1000.0), tmp_path)
     launcher.arm(0, 0, 10, ahead_ms=10, length_ms=100_000)
     launcher.channel.request(Start())
-    while launcher.channel.request(Stats())["answered"] < 1:
-        pass
+    launcher.wait_for("answered", 1)
     counts = launcher.drain()
     assert (counts["ok"], counts["lost"], counts["unsent"], counts["scheduled"]) == (1, 0, 9, 10)
 
@@ -218,14 +228,13 @@ def test_a_stop_signal_drains_and_still_answers(
     start: Callable[..., Launcher], server: EchoServer, tmp_path: Path
 ) -> None:
     """SIGTERM in a segment ends it early; the launcher still gets the counts, then the client leaves."""
-    launcher = start(server, evenly(10, 10.0), tmp_path)
+    launcher = start(server, evenly(10, 1000.0), tmp_path)
     launcher.arm(0, 0, 10, ahead_ms=10, length_ms=100_000)
     launcher.channel.request(Start())
-    while launcher.channel.request(Stats())["answered"] < 1:
-        pass
+    launcher.wait_for("answered", 1)
     launcher.stop.request()
     assert launcher.drain()["unsent"] == 9
-    launcher.thread.join(10)
+    launcher.thread.join(60)
     assert not launcher.thread.is_alive()
 
 
@@ -233,13 +242,12 @@ def test_a_launcher_that_vanishes_ends_the_client(
     start: Callable[..., Launcher], server: EchoServer, tmp_path: Path
 ) -> None:
     """No orphan goes on sending: the segment is cut off, its ring complete up to there."""
-    launcher = start(server, evenly(10, 10.0), tmp_path)
+    launcher = start(server, evenly(10, 1000.0), tmp_path)
     launcher.arm(0, 0, 10, ahead_ms=10, length_ms=100_000)
     launcher.channel.request(Start())
-    while launcher.channel.request(Stats())["answered"] < 1:
-        pass
+    launcher.wait_for("answered", 1)
     launcher.channel.close()
-    launcher.thread.join(5)
+    launcher.thread.join(60)
     assert not launcher.thread.is_alive()
     assert (read_ring(tmp_path / "infer_client/svc.0.ring")["status"] == Status.OK).sum() == 1
 
@@ -273,7 +281,7 @@ def test_a_lost_server_is_reported_and_the_next_segment_connects_anew(
         launcher = start(first, evenly(6), tmp_path)
         counts = launcher.run(0, 0, 6).counts
         assert (counts["ok"], counts["lost"]) == (2, 4)
-        assert "closed" in str(counts["fault"])
+        assert re.search("closed|broke", str(counts["fault"]))
     with pytest.raises(RunFault, match="cannot connect"):
         launcher.arm(1, 0, 6)
     with EchoServer(address=Address("unix", str(tmp_path / "s"))):
@@ -289,7 +297,7 @@ def test_a_free_running_client_goes_on_counting_ids(
     launcher = start(server, Schedule(loops), tmp_path, one_at_a_time=True, think_ns=10 * MS)
     ids: list[int] = []
     for segment in range(2):
-        records = launcher.run(segment, segment, segment + 1, length_ms=150).records
+        records = launcher.run(segment, segment, segment + 1, length_ms=150, answered=1).records
         assert 0 < len(records) <= 16
         ids += records["id"].tolist()
     assert ids == list(range(len(ids)))
@@ -311,8 +319,12 @@ def test_resting_after_replies_uses_the_gaps_of_the_schedule(
 ) -> None:
     """As the original did: a gap begins with the reply, so the instants of the schedule are not kept."""
     launcher = start(server, Schedule(rows([0.0, 0.01, 0.03])), tmp_path, one_at_a_time=True, after_reply=True)
-    records = launcher.run(0, 0, 3, length_ms=50).records
+    launcher.arm(0, 0, 3, length_ms=600_000)
+    launcher.channel.request(Start())
+    launcher.wait_for("answered", 3)
+    records = Finished(Arm("corun", 1, 0, 0, 0), launcher.drain()).records
     rests = (records["t_intended"][1:] - records["t_rx"][:-1]).tolist()
+    assert len(rests) >= 2
     assert rests == ([10 * MS, 20 * MS] * len(rests))[: len(rests)]
 
 
@@ -348,7 +360,7 @@ def test_a_server_without_a_model_is_waited_for_or_refused() -> None:
         with pytest.raises(InputError, match="has no model; give --model"):
             targets.find(server.address)
         threading.Timer(0.3, lambda: setattr(server, "model", "late")).start()
-        assert targets.find(server.address, wait_s=20).model == "late"
+        assert targets.find(server.address, wait_s=60).model == "late"
     with EchoServer(Behaviour(model="")) as server:
         assert targets.find(server.address, "null").model == "null"
 
@@ -357,19 +369,22 @@ def test_nobody_and_somebody_else_are_told_apart() -> None:
     """No listener, and a listener that does not speak our protocol, each get a sentence."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
+    silent = socket.socket()
+    silent.bind(("127.0.0.1", 0))
 
     def answer_like_a_web_server() -> None:
         sock, _ = listener.accept()
-        sock.recv(10)
-        sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10)
-        sock.close()
+        with sock:
+            sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10)
+            while sock.recv(1000):
+                pass
 
     threading.Thread(target=answer_like_a_web_server, daemon=True).start()
     with pytest.raises(PeerClosed, match="not a corun server"):
         targets.find(Address("tcp", "127.0.0.1", port))
     listener.close()
-    with pytest.raises(PeerClosed, match="is the server running there"):
-        targets.find(Address("tcp", "127.0.0.1", port))
+    with silent, pytest.raises(PeerClosed, match="is the server running there"):
+        targets.find(Address("tcp", "127.0.0.1", silent.getsockname()[1]))
 
 
 @pytest.mark.parametrize("name", ["", "a/b"])

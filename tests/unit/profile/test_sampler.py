@@ -291,7 +291,7 @@ def test_hello_names_role_and_process(launcher: Launcher) -> None:
     """The first message says profiler and the process number."""
     thread = threading.Thread(target=launcher.control.hello, args=({"period_s": 1.0},))
     thread.start()
-    received = launcher.channel.receive(5.0)
+    received = launcher.channel.receive(60.0)
     assert received is not None
     header, hello = received
     launcher.channel.reply(header)

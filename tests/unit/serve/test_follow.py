@@ -18,7 +18,7 @@ from corun.serve.engine import ServableEngine
 from corun.serve.follow import Follower, followed
 from corun.weights import Versions
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Network:

@@ -163,12 +163,12 @@ def test_info_is_the_engines() -> None:
 def _by_hand(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(registry.__file__).resolve().parents[1])}
     argv = [sys.executable, "-m", "corun.serve.loop", *arguments]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_by_hand_it_runs_without_a_launcher(tmp_path: Path) -> None:
     """The command line of a loop works alone: rows, counts, exit 0."""
-    done = _by_hand("--model", "null", "--seconds", "0.1", "--count", "2", "--out", str(tmp_path), "--name", "n")
+    done = _by_hand("--model", "null", "--seconds", "1", "--count", "2", "--out", str(tmp_path), "--name", "n")
     assert done.returncode == 0, done.stderr
     rows = read_table(tmp_path / "infer_loop" / "n.csv", INFER_LOOP)
     assert set(rows["arm"]) == {"alone"}

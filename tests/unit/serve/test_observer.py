@@ -30,7 +30,7 @@ def test_every_request_is_announced_and_taken_back_once() -> None:
         client = serving.client()
         serving.servable.gate.clear()
         client.send(b"first")
-        serving.servable.entered.wait(20)
+        serving.servable.entered.wait(60)
         client.send(b"bad", b"x", b"rejected", b"rejected too")
         until(lambda: watcher.arrived == 5)
         serving.servable.gate.set()

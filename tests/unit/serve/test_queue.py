@@ -84,7 +84,7 @@ def test_a_sleeping_worker_is_woken_by_an_offer_a_task_and_the_end() -> None:
     source.post(task)
     until(lambda: len(got) == 21)
     source.close()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert got == [*([item] for item in items), task]
     source.dispose()
@@ -114,7 +114,7 @@ def test_a_batch_waits_for_its_delay_and_is_filled_meanwhile() -> None:
     for item in items:
         source.offer([item])
         time.sleep(0.01)
-    thread.join(20)
+    thread.join(60)
     assert got == [items]
     source.dispose()
 
@@ -149,7 +149,7 @@ def test_wake_ups_while_a_delay_runs_out_are_not_lost() -> None:
             time.sleep(0.0002)
     until(lambda: len(got) == len(items))
     source.close()
-    thread.join(10)
+    thread.join(60)
     assert got == items
     source.dispose()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -84,7 +83,7 @@ def test_a_full_queue_rejects_and_counts() -> None:
         serving.servable.gate.clear()
         client = serving.client()
         client.send(b"busy")
-        serving.servable.entered.wait(10)
+        serving.servable.entered.wait(60)
         client.send(*[b"x"] * 12)
         rejected = client.receive(7)
         assert {frame.header.status for frame in rejected.values()} == {Status.REJECTED}
@@ -100,12 +99,13 @@ def test_a_stalled_model_never_stops_the_reading() -> None:
     with Serving(queue_limit=10_000) as serving:
         serving.servable.gate.clear()
         client = serving.client()
-        client.sock.settimeout(20)
+        client.sock.settimeout(60)
         client.send(*[bytes(150_000)] * 200)
         channel = serving.channel()
         until(lambda: channel.request(Stats())["received"] == 200)
         assert channel.request(Hello("test"))["model"] == "fake"
-        assert abs(channel.clock_offset().offset_ns) <= channel.clock_offset().bound_ns + 10**7
+        offset = channel.clock_offset()
+        assert abs(offset.offset_ns) <= offset.bound_ns + 1
         serving.servable.gate.set()
         assert len(client.receive(200)) == 200
 
@@ -116,7 +116,7 @@ def test_a_batcher_groups_what_waits() -> None:
         serving.servable.gate.clear()
         client = serving.client()
         client.send(b"first")
-        serving.servable.entered.wait(10)
+        serving.servable.entered.wait(60)
         client.send(*[b"x"] * 8)
         until(lambda: serving.ask(Stats())["queue_len"] == 8)
         serving.servable.gate.set()
@@ -126,7 +126,7 @@ def test_a_batcher_groups_what_waits() -> None:
 
 def test_bad_payloads_and_failures_are_answered() -> None:
     """BAD_REQUEST and FAILED carry their reason; the same batch and the next one succeed."""
-    with Serving(max_batch=3, max_delay_ns=10**9) as serving:
+    with Serving(max_batch=3, max_delay_ns=60 * 10**9) as serving:
         client = serving.client()
         client.send(b"a", b"bad", b"b")
         frames = client.receive(3)
@@ -158,7 +158,7 @@ def test_a_bad_frame_costs_its_connection_only(data: bytes, words: str, tmp_path
         with socket.create_connection((serving.server.address.host, serving.server.address.port)) as sock:
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(20)
+            sock.settimeout(60)
             while sock.recv(1000):
                 pass
         assert good.ask(b"x").header.status == Status.OK
@@ -173,10 +173,10 @@ def test_a_bad_control_message_is_answered_and_the_connection_lives() -> None:
         for body in (b'{"modle":"x"}', b"[" * 50_000, b"\xff\xfe"):
             channel.sock.sendall(pack_request(Kind.LOAD, 0, 1000, len(body)) + body)
             with pytest.raises(RunFault, match="bad LOAD message"):
-                channel.wait_reply(1000, 10.0)
+                channel.wait_reply(1000, 60.0)
         channel.sock.sendall(pack_request(Kind.REPLY, 0, 1001, 0))
         with pytest.raises(RunFault, match="not a control message"):
-            channel.wait_reply(1001, 10.0)
+            channel.wait_reply(1001, 60.0)
         assert channel.request(Hello("test"))["name"] == "svc"
 
 
@@ -186,10 +186,12 @@ def test_a_client_that_disappears_is_cancelled(tmp_path: Path) -> None:
         serving.servable.gate.clear()
         gone, stays = serving.client(), serving.client()
         gone.send(b"running")
-        serving.servable.entered.wait(10)
+        serving.servable.entered.wait(60)
         gone.send(b"waiting", b"waiting too")
         until(lambda: serving.ask(Stats())["queue_len"] == 2)
+        connected = serving.ask(Stats())["connections"]
         gone.sock.close()
+        until(lambda: serving.ask(Stats())["connections"] == connected - 1)
         stays.send(b"mine")
         until(lambda: serving.ask(Stats())["queue_len"] == 3)
         serving.servable.gate.set()
@@ -203,24 +205,16 @@ def test_a_client_that_never_reads_delays_nobody(tmp_path: Path) -> None:
     """Its replies pile up to the limit, then its connection is closed with a reason; others are served meanwhile."""
     with Serving(out=tmp_path, backlog_limit=1 << 20, queue_limit=10_000) as serving:
         deaf, other = serving.client(), serving.client()
-        deaf.sock.settimeout(20)
+        deaf.sock.settimeout(60)
         asked = 0
-
-        def flood() -> None:
-            nonlocal asked
-            with contextlib.suppress(OSError):
-                while True:
-                    deaf.send(bytes(100_000))
-                    asked += 1
-
-        thread = threading.Thread(target=flood)
-        thread.start()
-        answered = 0
-        while thread.is_alive():
+        while asked < 10_000:
+            try:
+                deaf.send(bytes(100_000))
+            except OSError:
+                break
+            asked += 1
             assert other.ask(b"quick").header.status == Status.OK
-            answered += 1
-        assert answered > 0
-        assert asked > 5
+        assert 5 < asked < 10_000
         until(lambda: any("does not read its replies" in line for line in serving.lines))
         assert other.ask(b"still").header.status == Status.OK
         assert "does not read its replies" in (tmp_path / "events.csv").read_text()
@@ -272,7 +266,7 @@ def test_the_server_answers_while_a_model_is_loading() -> None:
     gate = threading.Event()
 
     def load(message: Load) -> Any:
-        gate.wait(30)
+        gate.wait(120)
         return ServableEngine(FakeServable())
 
     with Serving(load, model="") as serving:
@@ -281,7 +275,7 @@ def test_the_server_answers_while_a_model_is_loading() -> None:
         assert channel.request(Hello("test"))["model"] == ""
         assert client.ask(b"x").header.status == Status.NOT_LOADED
         gate.set()
-        assert loader.wait_reply(id, 20.0)["model"] == "fake"
+        assert loader.wait_reply(id, 60.0)["model"] == "fake"
         assert client.ask(b"x").header.status == Status.OK
 
 
@@ -347,7 +341,7 @@ def test_drain_waits_for_what_is_outstanding_and_turns_new_requests_away(tmp_pat
         until(lambda: serving.server.control.pending)
         assert client.ask(b"late").header.status == Status.DRAINING
         serving.servable.gate.set()
-        counts = channel.wait_reply(id, 20.0)
+        counts = channel.wait_reply(id, 60.0)
         assert (counts["received"], counts["completed"], counts["draining"]) == (3, 2, 1)
         assert len(csv_rows(tmp_path)) == 3
         assert {frame.header.status for frame in client.receive(2).values()} == {Status.OK}
@@ -374,7 +368,7 @@ def test_stop_cancels_what_waits_and_writes_every_row(tmp_path: Path) -> None:
         serving.servable.gate.clear()
         client = serving.client()
         client.send(b"running")
-        serving.servable.entered.wait(10)
+        serving.servable.entered.wait(60)
         client.send(b"a", b"b")
         until(lambda: serving.ask(Stats())["queue_len"] == 2)
         channel = serving.channel()
@@ -383,7 +377,7 @@ def test_stop_cancels_what_waits_and_writes_every_row(tmp_path: Path) -> None:
         assert {frame.header.status for frame in cancelled.values()} == {Status.CANCELLED}
         serving.servable.gate.set()
         assert client.receive(1)[0].header.status == Status.OK
-        body = channel.wait_reply(id, 20.0)
+        body = channel.wait_reply(id, 60.0)
         assert (body["completed"], body["cancelled"], body["rows"]) == (1, 2, 3)
         serving.join()
         with pytest.raises((PeerClosed, OSError)):
@@ -405,7 +399,7 @@ def test_rows_reach_the_disk_while_serving(tmp_path: Path) -> None:
 def test_rows_reach_the_disk_under_steady_load(tmp_path: Path) -> None:
     """A server that is never quiet writes too, in slices between polls."""
     with Serving(out=tmp_path) as serving:
-        client, end = serving.client(), time.monotonic() + 20
+        client, end = serving.client(), time.monotonic() + 60
         while not csv_rows(tmp_path):
             client.ask(b"x")
             assert time.monotonic() < end

@@ -46,7 +46,7 @@ class FakeServable:
 
     def forward(self, batch: list[bytes]) -> list[bytes]:
         self.entered.set()
-        self.gate.wait(30)
+        self.gate.wait(120)
         self.batches.append(batch)
         if b"boom" in batch:
             raise self.error
@@ -131,12 +131,12 @@ class Serving:
 
     def stop(self) -> dict[str, Any]:
         """STOP it and wait for its end; the body of its answer."""
-        body = self.channel().request(Stop(), 20.0)
+        body = self.channel().request(Stop(), 60.0)
         self.join()
         return body
 
     def join(self) -> None:
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def channel(self) -> Channel:
@@ -149,7 +149,7 @@ class Serving:
         """One control message, on a connection kept for such."""
         if not self._channels:
             self.channel()
-        return self._channels[0].request(message, 20.0)
+        return self._channels[0].request(message, 60.0)
 
     def client(self) -> Client:
         client = Client(connect(self.server.address))
@@ -181,7 +181,7 @@ class Client:
     def receive(self, count: int) -> dict[int, Frame]:
         """The next `count` replies."""
         frames: dict[int, Frame] = {}
-        self.sock.settimeout(20)
+        self.sock.settimeout(60)
         while len(frames) < count:
             for frame in self._reader.receive(self.sock):
                 frames[frame.header.id] = frame
@@ -193,7 +193,7 @@ class Client:
         return self.receive(1)[id]
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Poll until it is true; fails the test when it never is."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

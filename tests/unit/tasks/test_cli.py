@@ -202,7 +202,8 @@ def test_a_plan_that_fails_while_tasks_are_up_is_said_once(path: Path, tmp_path:
         said: list[str] = []
         with replanning(path, 0.02, said.append):
             _wait(lambda: said)
-            (tmp_path / "q.json").write_text("{}")
+            (tmp_path / "draft").write_text("{}")
+            (tmp_path / "draft").replace(tmp_path / "q.json")
             _wait(lambda: store.choice("a"))
     assert len([line for line in said if "cannot read the quality table" in line]) == 1
 

@@ -218,7 +218,7 @@ def test_processes_share_a_registry(store: Store) -> None:
     """Records of several processes at once all count."""
     writers = [_writer(store.path, 40) for _ in range(3)]
     for writer in writers:
-        writer.communicate(timeout=60)
+        writer.communicate(timeout=300)
         assert writer.returncode == 0
     assert store.statistics("a").requests == 120
     assert len(store.windows("a")) == 120

@@ -58,7 +58,7 @@ def live_task(id: str = "doors") -> dict[str, Any]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """A store as a supervisor leaves it while it runs, with one task up and one not."""
+    """A store as a supervisor leaves it while it runs, with one task up and one not: fresh for an hour."""
     opened = Store(tmp_path / "tasks.sqlite")
     for id in ("doors", "later"):
         opened.add(tasks.make(id=id, kind="null", models=["null"]))
@@ -69,7 +69,7 @@ def store(tmp_path: Path) -> Store:
     rows.close()
     (run / "doors.log").write_text("line\n" * 500 + "last line\n")
     (run / "secret.txt").write_text("no")
-    now = {"t_s": time.time(), "up": True, "pid": 1, "directory": str(run), "tasks": [live_task()]}
+    now = {"t_s": time.time() + 3600, "up": True, "pid": 1, "directory": str(run), "tasks": [live_task()]}
     opened.set_state("live", now)
     return opened
 
@@ -157,7 +157,7 @@ def test_a_log_is_its_end(store: Store) -> None:
 def test_it_serves_from_a_thread(store: Store) -> None:
     """In the background, on a port that was free; one in use is refused before anything runs."""
     with in_background(store, port=0) as link:
-        with urllib.request.urlopen(f"{link}api/state", timeout=30) as answer:
+        with urllib.request.urlopen(f"{link}api/state", timeout=60) as answer:
             assert json.load(answer)["tasks"][0]["id"] == "doors"
         port = int(link.rstrip("/").rpartition(":")[2])
         with pytest.raises(InputError, match="cannot listen"), in_background(store, port=port):

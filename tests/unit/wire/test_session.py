@@ -14,22 +14,35 @@ import pytest
 from corun.clock import NS_PER_MS, now_ns
 from corun.errors import InputError, PeerClosed, RunFault
 from corun.process import StopSignal
+from corun.wire import session as sessions
 from corun.wire.channel import Channel
 from corun.wire.messages import Arm, Clock, Drain, Hello, Load, Start, Stats, Stop, Warmup
 from corun.wire.session import Session, run_alone
 
 HELLO = Hello(role="worker", name="w", pid=1)
-ANSWER_S = 10.0
+ANSWER_S = 60.0
+
+
+class FakeClock:
+    """The clock of a session: ahead of the machine's when a test says so. `last` is what it was last told."""
+
+    def __init__(self) -> None:
+        self.ahead_ns = self.last = 0
+
+    def __call__(self) -> int:
+        self.last = now_ns() + self.ahead_ns
+        return self.last
 
 
 @dataclass
 class Fake:
-    """Work that counts its steps and notes when each began."""
+    """Work that counts its steps and notes when the session decided for each."""
 
     limit: int = 1 << 60
     refuses: str = ""
     arms: list[Arm] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    clock: FakeClock = field(default_factory=FakeClock)
 
     def arm(self, arm: Arm) -> dict[str, Any]:
         if self.refuses:
@@ -39,7 +52,7 @@ class Fake:
         return {"prepared": arm.segment}
 
     def step(self) -> bool:
-        self.steps.append(now_ns())
+        self.steps.append(self.clock.last)
         time.sleep(0.001)
         return len(self.steps) < self.limit
 
@@ -61,11 +74,16 @@ class Worker:
         start = now_ns() + ahead_ms * NS_PER_MS
         return self.channel.request(Arm("corun", 0, segment, start, start + length_ms * NS_PER_MS), ANSWER_S)
 
-    def window(self, segment: int = 0, length_ms: int = 40) -> dict[str, Any]:
-        """A whole window, drained when its time is over."""
-        self.arm(segment, length_ms=length_ms)
+    def wait_for_steps(self, count: int) -> None:
+        """Until STATS says so many."""
+        while self.channel.request(Stats(), ANSWER_S)["steps"] < count:
+            time.sleep(0.001)
+
+    def window(self, segment: int = 0, steps: int = 1) -> dict[str, Any]:
+        """A whole window, drained when it has made so many steps."""
+        self.arm(segment, length_ms=60_000)
         self.channel.request(Start(segment), ANSWER_S)
-        time.sleep((5 + length_ms + 10) / 1000)
+        self.wait_for_steps(steps)
         return self.channel.request(Drain(), ANSWER_S)
 
     def ended(self) -> str:
@@ -75,15 +93,17 @@ class Worker:
 
 
 @pytest.fixture
-def worker() -> Iterator[Callable[..., Worker]]:
-    """Make workers; all of them are ended after the test."""
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
+    """Make workers, with one clock; all of them are ended after the test."""
     made: list[Worker] = []
+    clock = FakeClock()
+    monkeypatch.setattr(sessions, "now_ns", clock)
     far_ends: list[socket.socket] = []
 
     def make(**settings: Any) -> Worker:
         ours, theirs = socket.socketpair()
         far_ends.append(theirs)
-        work, stop = Fake(**settings), StopSignal()
+        work, stop = Fake(clock=clock, **settings), StopSignal()
         session = Session(Channel(theirs), HELLO, work, stop)
         thread = threading.Thread(target=session.run, daemon=True)
         thread.start()
@@ -106,9 +126,15 @@ def worker() -> Iterator[Callable[..., Worker]]:
 def test_it_works_inside_the_window_only(worker: Callable[..., Worker]) -> None:
     """No step begins before start_at or at stop_at and later; DRAIN answers with the window's counts."""
     one = worker()
-    body = one.window(3)
+    one.arm(3, length_ms=60_000)
+    one.channel.request(Start(3), ANSWER_S)
+    one.wait_for_steps(3)
     (arm,) = one.work.arms
-    assert body["steps"] == len(one.work.steps) > 0
+    one.work.clock.ahead_ns = 60_000 * NS_PER_MS
+    while one.work.clock.last < arm.stop_at_ns:
+        time.sleep(0.001)
+    body = one.channel.request(Drain(), ANSWER_S)
+    assert body["steps"] == len(one.work.steps) >= 3
     assert all(arm.start_at_ns <= began < arm.stop_at_ns for began in one.work.steps)
 
 
@@ -151,8 +177,7 @@ def test_it_answers_between_two_steps(worker: Callable[..., Worker]) -> None:
     one = worker()
     one.arm(length_ms=60_000)
     one.channel.request(Start(0), ANSWER_S)
-    while one.channel.request(Stats(), ANSWER_S)["steps"] < 3:
-        pass
+    one.wait_for_steps(3)
     clock = one.channel.request(Clock(1), ANSWER_S)
     assert 0 < clock["t1_ns"] <= clock["t2_ns"]
     drained = one.channel.request(Drain(), ANSWER_S)["steps"]
@@ -162,8 +187,8 @@ def test_it_answers_between_two_steps(worker: Callable[..., Worker]) -> None:
 def test_work_that_is_done_rests(worker: Callable[..., Worker]) -> None:
     """A step that returns False ends the window's work; the session goes on answering."""
     one = worker(limit=2)
-    assert one.window()["steps"] == 2
-    assert one.window(1)["steps"] == 2
+    assert one.window(steps=2)["steps"] == 2
+    assert one.window(1, steps=2)["steps"] == 2
 
 
 def test_a_new_arm_during_a_window_replaces_it(worker: Callable[..., Worker]) -> None:
@@ -171,8 +196,7 @@ def test_a_new_arm_during_a_window_replaces_it(worker: Callable[..., Worker]) ->
     one = worker()
     one.arm(0, length_ms=60_000)
     one.channel.request(Start(0), ANSWER_S)
-    while not one.channel.request(Stats(), ANSWER_S)["steps"]:
-        pass
+    one.wait_for_steps(1)
     assert one.window(1)["steps"] > 0
     assert [arm.segment for arm in one.work.arms] == [0, 1]
 
@@ -182,16 +206,14 @@ def test_a_window_armed_and_started_at_once_still_waits_for_its_instant(worker: 
     one = worker()
     one.arm(0, length_ms=60_000)
     one.channel.request(Start(0), ANSWER_S)
-    while not one.channel.request(Stats(), ANSWER_S)["steps"]:
-        pass
+    one.wait_for_steps(1)
     start = now_ns() + 200 * NS_PER_MS
-    armed = one.channel.send(Arm("corun", 0, 1, start, start + 40 * NS_PER_MS))
+    armed = one.channel.send(Arm("corun", 0, 1, start, start + 60_000 * NS_PER_MS))
     started = one.channel.send(Start(1))
     for id in (armed, started):
         one.channel.wait_reply(id, ANSWER_S)
-    time.sleep(0.25)
+    one.wait_for_steps(1)
     one.channel.request(Drain(), ANSWER_S)
-    assert one.work.steps
     assert min(one.work.steps) >= start
 
 

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -89,10 +90,31 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 
 def test_connecting_to_nobody_says_where() -> None:
     """PeerClosed names the address and asks whether the server runs."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        with pytest.raises(PeerClosed, match=f"127.0.0.1:{port}.*is the server running"):
+            connect(Address("tcp", "127.0.0.1", port), timeout_s=0.2)
+
+
+class _FromThePortItself(socket.socket):
+    """Is given the very port it connects to, as the kernel does once in some thousand times."""
+
+    def connect(self, address: Any) -> None:
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.bind(address)
+        super().connect(address)
+
+
+def test_a_socket_never_meets_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to a port nobody listens on from that port is nobody there, and the port is free again."""
     with listen(Address("tcp", "127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with pytest.raises(PeerClosed, match=f"127.0.0.1:{port}.*is the server running"):
-        connect(Address("tcp", "127.0.0.1", port), timeout_s=0.2)
+        address = Address("tcp", *listener.getsockname())
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", _FromThePortItself)
+        with pytest.raises(PeerClosed, match="refused; is the server running"):
+            connect(address, timeout_s=5.0)
+    listen(address).close()
 
 
 def test_connecting_with_retry_waits_for_a_server_that_is_starting(tmp_path: Path) -> None:
@@ -106,7 +128,7 @@ def test_connecting_with_retry_waits_for_a_server_that_is_starting(tmp_path: Pat
 
     thread = threading.Thread(target=start)
     thread.start()
-    with connect(address, timeout_s=20.0, retry=True) as sock:
+    with connect(address, timeout_s=60.0, retry=True) as sock:
         assert sock.getpeername() == address.host
     thread.join()
     listeners[0].close()
