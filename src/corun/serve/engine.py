@@ -201,14 +201,20 @@ def cpu_stages(servable: Servable, host: Any) -> DeviceTimes:
 
 
 class CudaStages:
-    """The same on a stream of its own of a CUDA device, with event times."""
+    """The same on a stream of a CUDA device, with event times: the current one, or its own where that is the default.
+
+    A thread in a lane (corun.share.in_process) has made its lane's stream the current one.
+    """
 
     def __init__(self, device: str) -> None:
         import torch
 
         self._torch = torch
-        self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(device)
+        self._stream = current
+        if current == torch.cuda.default_stream(device):
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(current)
         self._copied, self._computed, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
 
     def __call__(self, servable: Servable, host: Any) -> DeviceTimes:
