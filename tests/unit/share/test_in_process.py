@@ -219,5 +219,5 @@ def test_a_description_of_lanes_is_one_of_two_forms(asked: dict[str, Any]) -> No
     if good:
         check_lanes(asked)
     else:
-        with pytest.raises(InputError, match="service_priority.* or .*service_sms"):
+        with pytest.raises(InputError, match=r"service_priority.* or .*service_sms"):
             check_lanes(asked)
