@@ -244,6 +244,8 @@ class Family:
 
     def require_alive(self) -> None:
         """RunFault naming every child that ended when none should have."""
+        for child in self.dead():
+            child.closed_fd()
         ended: dict[str, list[str]] = {}
         for child in self.dead():
             ended.setdefault(f"{child.popen.pid} {child.how_it_ended()}", []).append(child.label)

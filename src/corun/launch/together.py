@@ -89,6 +89,15 @@ def parse(argv: Sequence[str]) -> Together:
     return Together(services, trainers[0] if trainers else None, lanes)
 
 
+def check(together: Together) -> None:
+    """InputError that lists every service with an unknown model or wrong options; imports what lists the models."""
+    problems: list[str] = []
+    for service in together.services:
+        _attempt(problems, f"{SERVER} {service.label}", service.check)
+    if problems:
+        raise InputError("these programs cannot be one process", problems)
+
+
 def _cut(argv: Sequence[str]) -> list[list[str]]:
     """The words before the first `--`, between each two, and behind the last."""
     parts: list[list[str]] = [[]]
@@ -129,9 +138,7 @@ def _read(command: Sequence[str]) -> Serving | Training:
     """One program's command line as that program would read it."""
     words = _words(command)
     if words and os.path.basename(words[0]) == SCRIPT:
-        service = read(serving.flags, words[1:])
-        service.check()
-        return service
+        return read(serving.flags, words[1:])
     if words[:2] == ["-m", MODULE]:
         return read(training.flags, words[2:])
     raise InputError(f"neither {SCRIPT} nor -m {MODULE}")
@@ -161,6 +168,7 @@ class Part:
         self._work = work
         self._is_ready = is_ready
         self._bell = bell
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=label, daemon=True)
 
     def start(self, stop: StopFlag) -> None:
@@ -173,12 +181,11 @@ class Part:
 
     @property
     def ended(self) -> bool:
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for its end; False when it still runs."""
-        self._thread.join(timeout_s)
-        return self.ended
+        return self._ended.wait(timeout_s)
 
     def _run(self) -> None:
         try:
@@ -189,6 +196,7 @@ class Part:
             traceback.print_exc()
             self._fail(RunFault(f"{type(error).__name__}: {error}"))
         finally:
+            self._ended.set()
             os.eventfd_write(self._bell, 1)
 
     def _fail(self, error: CorunError) -> None:
@@ -282,7 +290,7 @@ def _watch(parts: Sequence[Part], stop: StopFlag, bell: int) -> int:
     """Name the parts that fail, pass a stop on, return when none is left."""
     told: set[str] = set()
     while not all(part.ended for part in parts):
-        select.select([bell] if stop.requested else [bell, stop.fileno()], [], [], 1.0)
+        select.select([bell] if stop.requested else [bell, stop.fileno()], [], [])
         _silence(bell)
         if stop.requested:
             for part in parts:
@@ -322,6 +330,7 @@ def main(argv: Sequence[str]) -> None:
             if parents or (together.trainer and together.trainer.control):
                 die_with_parent(next(iter(parents), None))
             set_threads(together.threads)
+            check(together)
             code = run(together, stop)
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else EXIT_FAILED

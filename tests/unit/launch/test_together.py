@@ -15,7 +15,7 @@ import pytest
 
 from corun.errors import InputError, RunFault
 from corun.launch import commands, together
-from corun.launch.together import Part, Together, parse, run
+from corun.launch.together import Part, Together, check, parse, run
 from corun.process import StopFlag
 from corun.registry import home
 from corun.run import config
@@ -73,7 +73,6 @@ def test_all_problems_are_listed() -> None:
         [*SERVER, "--prt", "5"],
         [*SERVER, "--name", "a"],
         [*SERVER, "--name", "a"],
-        ["src/server.py", "--model", "nul"],
         TRAINER,
         TRAINER,
         ["python", "-m", "corun.train"],
@@ -87,7 +86,6 @@ def test_all_problems_are_listed() -> None:
     for part in (
         "--prt",
         "service a stands twice",
-        'did you mean "null"',
         "2 trainers",
         "--model",
         "bash: neither server.py nor -m corun.train",
@@ -95,6 +93,16 @@ def test_all_problems_are_listed() -> None:
         "--lanes: lanes are",
     ):
         assert part in text, part
+
+
+def test_unknown_models_are_all_named() -> None:
+    """Before any part is built, with the part and the nearest name of each."""
+    names = [["src/server.py", "--model", model, "--name", name] for name, model in (("a", "nul"), ("b", "resnet81"))]
+    with pytest.raises(InputError) as error:
+        check(parse(_argv(*names, SERVER)))
+    assert [problem.partition(":")[0] for problem in error.value.problems] == ["server a", "server b"]
+    assert 'did you mean "null"' in error.value.problems[0]
+    check(parse(_argv(SERVER)))
 
 
 @pytest.mark.parametrize(
