@@ -100,7 +100,7 @@ def test_a_killed_process_is_the_end_of_both_sides(
         {
             "train": [TRAIN],
             "infer": [FAST],
-            "duration_s": 30,
+            "duration_s": 10,
             "port": free_port(),
             "arms": ["corun"],
             "sharing": TOGETHER,
@@ -126,7 +126,7 @@ def test_a_part_that_cannot_start_is_named(
     """A trainer that refuses its batch ends the run at the start, with its name and its own sentence."""
     config = write_config(
         {
-            "train": [{**TRAIN, "count": 4}],
+            "train": [{**TRAIN, "data": "synthetic", "count": 4}],
             "infer": [FAST],
             "duration_s": 1,
             "port": free_port(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import shlex
 import signal
 import socket
@@ -140,25 +141,30 @@ class Part(Child):
         return super().alive and not self._hung_up()
 
     def _hung_up(self) -> bool:
+        """Whether its control connection was closed by the other end; what waits to be read is left there."""
         if self.channel is None:
             return False
+        poller = select.poll()
         try:
-            return not self.channel.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
+            poller.register(self.channel.fileno(), select.POLLIN)
+            return bool(poller.poll(0)) and not self.channel.sock.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
             return True
 
     def how_it_ended(self) -> str:
         """As of a process of its own; `ended: reason` where the process goes on without it."""
         self.closed_fd()
         if self.popen.returncode is None:
-            reason = self.log_tail()
+            reason = self._said()
             return f"ended: {reason}" if reason else "ended"
         return super().how_it_ended()
 
     def log_tail(self) -> str:
         """What was said of this role, else as of a process of its own."""
+        return self._said() or super().log_tail()
+
+    def _said(self) -> str:
+        """The newest error of the log that names this role, with its problems."""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -166,9 +172,9 @@ class Part(Child):
         start = "error: trainer " if self.role == "trainer" else f"error: {self.label}: "
         mine = [index for index, line in enumerate(lines) if line.startswith(start)]
         if not mine:
-            return super().log_tail()
-        tail = [lines[mine[-1]], *itertools.takewhile(lambda line: line.startswith("  - "), lines[mine[-1] + 1 :])]
-        return "\n".join(tail)
+            return ""
+        problems = itertools.takewhile(lambda line: line.startswith("  - "), lines[mine[-1] + 1 :])
+        return "\n".join([lines[mine[-1]], *problems])
 
 
 class Family:

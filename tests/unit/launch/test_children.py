@@ -28,6 +28,7 @@ def family(tmp_path: Path) -> Iterator[Family]:
 def _connected(child: Child) -> socket.socket:
     """The other end of a control connection of this child."""
     mine, theirs = socket.socketpair()
+    mine.settimeout(0.01)
     child.channel = Channel(mine)
     return theirs
 
@@ -64,6 +65,7 @@ def test_a_role_can_end_while_the_process_goes_on(family: Family) -> None:
     others are not concerned."""
     children = family.start_together(PARTS, SLEEP, {})
     ends = [_connected(child) for child in children]
+    ends[0].send(b"an answer that waits to be read")
     assert all(child.alive and child.fd == child.channel.fileno() for child in children if child.channel)
     with open(children[0].log, "a", encoding="utf-8") as log:
         log.write("error: server b: its disk is full\nerror: trainer vgg: out of memory\n  - a hint\nmore\n")

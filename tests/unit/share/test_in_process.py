@@ -38,9 +38,12 @@ class FakeCuda:
     def stream(self, stream: Any) -> Iterator[None]:
         thread = threading.current_thread().name
         self.log.append(stream.name)
+        before = self.current.pop(thread, None)
         self.current[thread] = stream
         yield
         del self.current[thread]
+        if before:
+            self.current[thread] = before
 
     def synchronize(self, device: int) -> None:
         self.log.append(f"synchronise {device}")

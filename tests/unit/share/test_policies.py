@@ -592,7 +592,7 @@ def test_policies_of_the_gate_are_switched_on_running_processes(host: FakeHost) 
         Sharing.prepare({"policy": "slo", "slo_ms": 90}, CPU, host, also=also)
     with Sharing.prepare("idle", CPU, host) as sharing:
         sharing.switch("idle")
-        with pytest.raises(InputError, match="started under idle"):
+        with pytest.raises(InputError, match="these were under idle"):
             sharing.switch("idle+preempt")
 
 
