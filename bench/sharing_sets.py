@@ -198,7 +198,8 @@ class Runner:
         print(f"started for {', '.join(names)}", flush=True)
 
     def _refuse(self, names: Sequence[str], error: CorunError) -> None:
-        reasons = list(error.problems) if isinstance(error, InputError) and error.problems else [str(error)]
+        given = error.problems if isinstance(error, InputError) and error.problems else (str(error),)
+        reasons = [reason.removeprefix(f"{names[0]}: ") for reason in given]
         self.refused |= dict.fromkeys(names, reasons)
         print(f"no {', '.join(names)}: {'; '.join(reasons)}", flush=True)
 

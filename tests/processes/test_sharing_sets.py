@@ -17,7 +17,7 @@ def test_sets_are_measured_in_turns_and_the_rest_is_refused() -> None:
         "squeezenet1_1",
         "cpu",
         4,
-        seconds=2.0,
+        seconds=1.5,
         repeats=1,
         image_size=64,
         train_size=32,
