@@ -65,6 +65,18 @@ def resolve_device(name: str) -> str:
     return str(torch_device(name))
 
 
+def compute_with(threads: int) -> None:
+    """Intra-op threads of what the calling thread computes from now on, whatever other threads of the process set.
+
+    OpenMP's number belongs to a thread, but a thread takes over the last one set anywhere at its first look at it
+    (at::internal::lazy_init_num_threads): looking first makes its own stay.
+    """
+    import torch
+
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+
 def one_cuda_device(names: Iterable[str]) -> tuple[ModuleType, str]:
     """torch, and the one CUDA device that all these names mean; InputError when they mean several, or a CPU."""
     import torch

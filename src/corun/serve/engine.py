@@ -28,7 +28,7 @@ from corun.clock import NS_PER_MS, now_ns
 from corun.errors import InputError, RunFault, suggest
 from corun.registry import ModelOptions, Servable, ServableInfo
 from corun.serve.queue import Request
-from corun.torch_tools import misfits
+from corun.torch_tools import compute_with, misfits
 from corun.wire import MAX_PAYLOAD, STAMPS, Status
 from corun.wire.messages import Load
 
@@ -278,9 +278,8 @@ def load_engine(load: Load, defaults: ModelOptions, threads: int = 1) -> Servabl
     if options.device == AUTO:
         options = replace(options, device=_auto_device(model))
     servable = model.serve(options)
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(threads)
+    if "torch" in sys.modules:
+        compute_with(threads)
     from corun.serve.generation import engine_for
 
     return engine_for(servable)

@@ -149,15 +149,13 @@ def run(
 
     ready: called once the job is built and warmed up. facts: what HELLO says besides.
     """
-    import torch
-
-    from corun.torch_tools import resolve_device
+    from corun.torch_tools import compute_with, resolve_device
     from corun.train.micro import OpenGate, load_gate
     from corun.train.session import Session, StepLog
     from corun.wire.channel import Channel
     from corun.wire.sockets import Address, connect
 
-    torch.set_num_threads(training.threads or available_cores())
+    compute_with(training.threads or available_cores())
     options = replace(training.options, device=resolve_device(training.options.device))
     _limit_memory(options.device, training.memory_fraction)
     with closing(StepLog(training.out, options.model)) as log:
