@@ -4,18 +4,19 @@
     train_x               training samples/s beside the service / alone with the whole machine
     idle_eff              train_x / (1 - utilisation of the service alone): 1 = nothing is wasted
 
-`--device cpu` runs real servers, clients and trainers on this machine, policies switched between short interleaved
+`--device cuda` serves and trains on a GPU: a set of processes for each way of starting them (separate, capped, under MPS,
+as one process with lanes), all of them living through all segments. `--device cpu` runs real servers, clients and trainers on this machine, policies switched between short interleaved
 segments; a segment in which others used the machine is run again. `--device simulated` runs the same policies, gates
 and controllers, GPU ones included, on a device in virtual time. Percentiles are of all requests of a policy; intervals
 are a bootstrap over repeats, which resamples a policy and its baseline together.
 
-    python -m bench.sharing [--device cpu|simulated] [--quick] [--policies idle,preempt]
+    python -m bench.sharing [--device cpu|cuda|simulated] [--quick] [--policies idle,preempt]
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -63,11 +64,14 @@ class Measured:
 
 @app.command()
 def main(
-    device: Annotated[str, typer.Option(help="cpu (this machine) or simulated (virtual time)")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="2 repeats instead of 5 (cpu) or 10 (simulated)")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda (this machine) or simulated (virtual time)")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="2 repeats instead of 5, or 10 (simulated)")] = False,
     policies: Annotated[str, typer.Option(help="comma-separated names of the table; default: all")] = "",
-    seconds: Annotated[float, typer.Option(min=1, help="length of a segment on the CPU")] = 8.0,
+    seconds: Annotated[float, typer.Option(min=1, help="length of a segment of real processes")] = 8.0,
     repeats: Annotated[int, typer.Option(min=0, help="0 = as --quick says")] = 0,
+    service: Annotated[str, typer.Option(help="cuda: model that serves")] = "resnet50",
+    trainer: Annotated[str, typer.Option(help="cuda: model that trains")] = "resnet152",
+    batch_size: Annotated[int, typer.Option(min=1, help="cuda: samples per training step")] = 32,
 ) -> None:
     """Measure, store bench/results/sharing_<device>.json, print one JSON object as the last line."""
     with guard():
@@ -78,8 +82,14 @@ def main(
             from bench.sharing_cpu import measure_cpu
 
             measured = measure_cpu(repeats or (2 if quick else 5), chosen, seconds)
+        elif device == "cuda":
+            from bench.sharing_sets import Settings, measure_sets, require_gpu
+
+            require_gpu()
+            settings = Settings(service, trainer, batch_size=batch_size, seconds=seconds, repeats=repeats or 5)
+            measured = measure_sets(replace(settings, repeats=repeats or 2) if quick else settings, chosen)
         else:
-            raise InputError(f'device "{device}" is neither cpu nor simulated')
+            raise InputError(f'device "{device}" is none of cpu, cuda and simulated')
         found = figures(measured)
         details = {"utilisation": measured.utilisation, "quick": quick, **measured.details}
         store(f"sharing_{device}", found, details)
@@ -99,7 +109,8 @@ def figures(measured: Measured) -> dict[str, Any]:
     found = {name: ratios(measured, name, rng) for name in names}
     within = [name for name in names if found[name]["p99_x"] is not None and found[name]["p99_x"] <= WITHIN]
     best = max(within, key=lambda name: found[name]["train_x"], default=None)
-    return {"policies": found, "best_within_10pct": best}
+    refused = measured.details.get("refused", {})
+    return {"policies": found, "best_within_10pct": best, "refused": refused}
 
 
 def ratios(measured: Measured, name: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -161,7 +172,13 @@ def table(found: Mapping[str, Any]) -> str:
         interval = f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "n/a"
         cells = [f"{row[key]:7.2f}" if row[key] is not None else "    n/a" for key in ("p50_x", "p95_x", "p99_x")]
         lines.append(f"{name:24} {' '.join(cells)} {interval:>16} {row['train_x']:8.2f} {row['idle_eff']:9.2f}")
-    return "\n".join([*lines, f"most training within 10 % of the p99 alone: {found['best_within_10pct']}"])
+    lines.append(f"most training within 10 % of the p99 alone: {found['best_within_10pct']}")
+    return "\n".join([*lines, *(f"not to be had here: {line}" for line in refusals(found))])
+
+
+def refusals(found: Mapping[str, Any]) -> list[str]:
+    """`mps: there is no NVIDIA driver ...` for every policy this machine refuses."""
+    return [f"{name}: {'; '.join(reasons)}" for name, reasons in found.get("refused", {}).items()]
 
 
 def page_table(found: Mapping[str, Any], details: Mapping[str, Any]) -> str:
@@ -182,7 +199,9 @@ def page_table(found: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         for name, row in found["policies"].items()
     ]
     best = found["best_within_10pct"] or "none of them"
-    return f"{about}\n\n{markdown(columns, rows)}\n\nMost training within 10 % of the p99 alone: {best}."
+    text = f"{about}\n\n{markdown(columns, rows)}\n\nMost training within 10 % of the p99 alone: {best}."
+    refused = found.get("refused")
+    return f"{text}\n\nNot to be had there: {', '.join(refused)}." if refused else text
 
 
 def _with_interval(row: Mapping[str, Any], key: str) -> str | None:

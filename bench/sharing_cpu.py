@@ -5,7 +5,8 @@
 
 A restart between policies would compare caches, pages and moods of the machine, so policies are switched on running
 processes: cgroup and cores thread by thread, the gate's mode and knobs on the shared page. What cannot be switched has
-processes of its own: the service with one thread and with all cores (`default`), and trainers whose OpenMP threads spin
+processes of its own: the service with one thread and with all cores (`default`), service and trainer as threads of one
+process (`one_process`), and trainers whose OpenMP threads spin
 or sleep (passive), nice and idle ones among them, since nobody but root may take a thread back from there. Whoever is
 not in a segment sleeps in a system call.
 
@@ -33,6 +34,7 @@ from corun import arrivals
 from corun.arrivals import schedule as schedules
 from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import InputError, RunFault
+from corun.launch import commands
 from corun.launch.calibrate import free_port
 from corun.launch.children import PYTHON, Child, Family
 from corun.launch.control import ControlSocket, wait_for_server
@@ -68,7 +70,7 @@ PAYLOADS = 16
 SEED = 20240921
 ARMS = {"alone": "alone", "train": "train"}
 
-ONE, ALL = "one thread", "all cores"
+ONE, ALL, TOGETHER = "one thread", "all cores", "one process"
 SPINNING, PASSIVE = "spinning", "passive"
 KINDS = {
     SPINNING: Setup(),
@@ -85,6 +87,7 @@ def cpu_specs(alone_p99_ms: float) -> dict[str, Spec]:
     slo_ms = round(2 * alone_p99_ms, 3)
     return {
         "none": {"policy": "none"},
+        "one_process": {"policy": "none", "one_process": True},
         "default": {"policy": "default"},
         "nice": {"policy": "nice"},
         "idle": {"policy": "idle"},
@@ -136,6 +139,8 @@ def measure_cpu(repeats: int, chosen: Sequence[str], seconds: float) -> Measured
     """Every policy this machine allows, interleaved, `repeats` times, on the same arrivals."""
     with tempfile.TemporaryDirectory(prefix="corun-sharing-") as folder, ExitStack() as stack:
         stage = _open_stage(Path(folder), stack)
+        if not chosen or "one_process" in chosen:
+            _start_together(stage)
         rate = _rate(stage)
         planned = _plan(stage.out, rate, repeats, seconds)
         _start_clients(stage, planned.path, rate)
@@ -164,21 +169,32 @@ def _open_stage(out: Path, stack: ExitStack) -> Stage:
     stage = Stage(stack.enter_context(Family(out)), control, page, Host(), out)
     for slot, (name, threads) in enumerate(((ONE, 1), (ALL, len(stage.host.cores)))):
         address = Address("tcp", "127.0.0.1", free_port())
-        argv = [
-            PYTHON,
-            str(home() / "src" / "server.py"),
-            "--model",
-            SERVICE_MODEL,
-            "--image-size",
-            str(SERVICE_SIZE),
-        ]
-        argv += ["--device", "cpu", "--threads", str(threads), "--host", address.host, "--port", str(address.port)]
-        argv += ["--name", _file_name(name), "--parent", str(os.getpid()), "--announce", f"{page.path}:{slot}"]
+        argv = _server_argv(name, threads, address, f"{page.path}:{slot}")
         child = stage.family.start("server", _file_name(name), argv, thread_environment(threads))
-        stage.servers[name] = child
-        wait_for_server(child, address, stage.family, START_S)
-        child.hello["address"] = str(address)
+        _await_server(stage, name, child, address)
     return stage
+
+
+def _server_argv(name: str, threads: int, address: Address, slot: str) -> list[str]:
+    argv = [PYTHON, str(home() / "src" / "server.py"), "--model", SERVICE_MODEL, "--image-size", str(SERVICE_SIZE)]
+    argv += ["--device", "cpu", "--threads", str(threads), "--host", address.host, "--port", str(address.port)]
+    return [*argv, "--name", _file_name(name), "--parent", str(os.getpid()), "--announce", slot]
+
+
+def _await_server(stage: Stage, name: str, child: Child, address: Address) -> None:
+    stage.servers[name] = child
+    wait_for_server(child, address, stage.family, START_S)
+    child.hello["address"] = str(address)
+
+
+def _start_together(stage: Stage) -> None:
+    """The service with one thread and a trainer, in one process."""
+    address, cores, name = Address("tcp", "127.0.0.1", free_port()), len(stage.host.cores), _file_name(TOGETHER)
+    parts = [_server_argv(TOGETHER, 1, address, f"{stage.page.path}:2"), _trainer_argv(stage, TOGETHER)]
+    names = [("server", name), ("trainer", name)]
+    server, stage.trainers[TOGETHER] = stage.family.start_together(names, *commands.together(parts, {}, cores))
+    _await_server(stage, TOGETHER, server, address)
+    stage.control.wait_for([stage.trainers[TOGETHER]], stage.family, START_S)
 
 
 def _file_name(name: str) -> str:
@@ -232,14 +248,21 @@ def _start_trainers(stage: Stage, parts: Mapping[str, Part]) -> None:
     rule = merge_rules(part.sharing.rule for part in parts.values() if part.sharing)
     options = {"page": str(stage.page.path), **(rule.options if rule else {})}
     known = {name: value for name, value in options.items() if name in GateOptions.__dataclass_fields__}
-    for kind in dict.fromkeys(part.trainer for part in parts.values() if part.trainer):
-        argv = [PYTHON, "-m", "corun.train", "--model", TRAIN_MODEL, "--data", "synthetic", "--epochs", "0"]
-        argv += ["--batch-size", str(BATCH), "--image-size", str(TRAIN_SIZE), "--num-classes", "10", "--count", "512"]
-        argv += ["--device", "cpu", "--threads", str(cores), "--out", str(stage.out / kind)]
-        argv += ["--gate", GATE, "--gate-options", json.dumps(known), "--control", str(stage.control.address)]
+    wanted = dict.fromkeys(part.trainer for part in parts.values() if part.trainer)
+    started = {}
+    for kind in (kind for kind in wanted if kind not in stage.trainers):
+        argv = [*_trainer_argv(stage, kind), "--gate", GATE, "--gate-options", json.dumps(known)]
         environment = {**thread_environment(cores), **waiting(kind.startswith(PASSIVE))}
-        stage.trainers[kind] = stage.family.start("trainer", kind, KINDS[kind].command(argv), environment)
-    stage.control.wait_for(list(stage.trainers.values()), stage.family, START_S)
+        started[kind] = stage.family.start("trainer", kind, KINDS[kind].command(argv), environment)
+    stage.trainers |= started
+    stage.control.wait_for(list(started.values()), stage.family, START_S)
+
+
+def _trainer_argv(stage: Stage, kind: str) -> list[str]:
+    argv = [PYTHON, "-m", "corun.train", "--model", TRAIN_MODEL, "--data", "synthetic", "--epochs", "0"]
+    argv += ["--batch-size", str(BATCH), "--image-size", str(TRAIN_SIZE), "--num-classes", "10", "--count", "512"]
+    argv += ["--device", "cpu", "--threads", str(len(stage.host.cores)), "--out", str(stage.out / kind)]
+    return [*argv, "--control", str(stage.control.address)]
 
 
 def _stop(stage: Stage) -> None:
@@ -262,7 +285,8 @@ def _parts(specs: Mapping[str, Spec], stage: Stage, stack: ExitStack) -> tuple[d
         except (InputError, RunFault) as error:
             refused[name] = [str(error)]
             continue
-        parts[name] = Part(ALL if name == "default" else ONE, _kind(sharing), sharing)
+        service = TOGETHER if sharing.cast.one_process else ALL if name == "default" else ONE
+        parts[name] = Part(service, _kind(sharing), sharing)
         shares = sharing.self_test()
         if shares:
             print(f"{name}: {shares.sentence()}", flush=True)
@@ -271,6 +295,8 @@ def _parts(specs: Mapping[str, Spec], stage: Stage, stack: ExitStack) -> tuple[d
 
 def _kind(sharing: Sharing) -> str:
     """The trainer an arm needs: how its threads wait, and the class they never leave."""
+    if sharing.cast.one_process:
+        return TOGETHER
     setup, passive = sharing.setup(sharing.cast.members[-1]), bool(sharing.environment(sharing.cast.members[-1]))
     kind = (PASSIVE if passive else SPINNING) + ("-idle" if setup.idle else "-nice" if setup.nice else "")
     if kind not in KINDS:
@@ -317,6 +343,10 @@ class Runner:
         self._stage = stage
         self._seconds = seconds
         self._number = 0
+
+    @property
+    def services(self) -> list[str]:
+        return list(self._stage.servers)
 
     def clean(self, part: Part, rows: tuple[int, int], arm: str, repeat: int) -> Segment:
         """A segment that others did not disturb, or the least disturbed of a few."""
@@ -399,8 +429,8 @@ def _sleep_until(instant_ns: int) -> None:
 
 def _warm(runner: Runner, planned: Planned) -> float:
     """Serve once without training; returns its p99 (ms), from which latency bounds are made."""
-    for part in (Part(ALL, None), Part(ONE, None)):
-        warm = runner.once(part, planned.rows[-1], "alone", 0, WARM_S)
+    for name in (*(name for name in runner.services if name != ONE), ONE):
+        warm = runner.once(Part(name, None), planned.rows[-1], "alone", 0, WARM_S)
     return float(np.quantile(warm.cell.sojourns_ms, 0.99, method="higher"))
 
 

@@ -65,20 +65,11 @@ def clock_id() -> str:
         return boot
 
 
-class StopSignal:
-    """SIGTERM and the first SIGINT become a flag and a readable descriptor; the second SIGINT kills.
-
-    Usage::
-
-        with StopSignal() as stop:
-            while not stop.requested:
-                select.select([stop.fileno()], [], [], 1.0)
-    """
+class StopFlag:
+    """A request to stop: a flag and a readable descriptor, set from any thread."""
 
     def __init__(self) -> None:
         self.requested = False
-        self.signal_number: int | None = None
-        self._previous: dict[int, signal.Handlers | int | Callable[[int, FrameType | None], object] | None] = {}
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
@@ -90,6 +81,27 @@ class StopSignal:
         if not self.requested:
             self.requested = True
             os.write(self._write_fd, b"x")
+
+    def close(self) -> None:
+        """Release the descriptors; nobody may ask any more."""
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+
+class StopSignal(StopFlag):
+    """SIGTERM and the first SIGINT become a flag and a readable descriptor; the second SIGINT kills.
+
+    Main thread only. Usage::
+
+        with StopSignal() as stop:
+            while not stop.requested:
+                select.select([stop.fileno()], [], [], 1.0)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal_number: int | None = None
+        self._previous: dict[int, signal.Handlers | int | Callable[[int, FrameType | None], object] | None] = {}
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -105,5 +117,4 @@ class StopSignal:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        os.close(self._read_fd)
-        os.close(self._write_fd)
+        self.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,31 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return str(torch_device(name))
+
+
+def compute_with(threads: int) -> None:
+    """Intra-op threads of what the calling thread computes from now on, whatever other threads of the process set.
+
+    OpenMP's number belongs to a thread, but a thread takes over the last one set anywhere at its first look at it
+    (at::internal::lazy_init_num_threads): looking first makes its own stay.
+    """
+    import torch
+
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+def one_cuda_device(names: Iterable[str]) -> tuple[ModuleType, str]:
+    """torch, and the one CUDA device that all these names mean; InputError when they mean several, or a CPU."""
+    import torch
+
+    devices = {resolve_device(name) for name in names}
+    devices = {"cuda:0" if device == "cuda" else device for device in devices}
+    if len(devices) != 1 or "cpu" in devices:
+        raise InputError(
+            f"streams belong to one CUDA device, and these are on {', '.join(sorted(devices)) or 'none'}"
+        )
+    return torch, devices.pop()
 
 
 def torch_dtype(precision: str) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -132,3 +133,30 @@ def test_detection_targets_stay_a_list() -> None:
     pictures, targets = torch_tools.collate_detection(items)
     assert pictures.shape == (2, 3, 4, 4)
     assert [len(target["boxes"]) for target in targets] == [0, 2]
+
+
+def test_threads_of_one_process_compute_with_their_own_number() -> None:
+    """A thread keeps the number it asked for although another, later, asks for another one before it computes."""
+    first, second = threading.Event(), threading.Event()
+    seen: dict[str, int] = {}
+
+    def service() -> None:
+        torch_tools.compute_with(1)
+        first.set()
+        assert second.wait(30)
+        seen["service"] = torch.get_num_threads()
+
+    def trainer() -> None:
+        assert first.wait(30)
+        torch_tools.compute_with(2)
+        second.set()
+        seen["trainer"] = torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    threads = [threading.Thread(target=work) for work in (service, trainer)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(before)
+    assert seen == {"service": 1, "trainer": 2}

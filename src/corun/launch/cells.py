@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +13,13 @@ from corun.launch import drift
 from corun.launch.segments import process_of
 from corun.run.config import Pair
 from corun.run.launching import RAY_MISSING
+from corun.share.spec import in_one_process
 from corun.share.spec import parse as parse_sharing
+
+NOT_ON_A_CLUSTER = (
+    "trainer and services as one process are started on the launcher's own machine only; use "
+    '"backend": "local", or a policy that needs no common process'
+)
 
 
 def require_known(cells: Sequence[Pair]) -> None:
@@ -41,6 +48,9 @@ def _launch_problems(cell: Pair) -> Iterator[str]:
         yield f"launch: {RAY_MISSING}"
     if cell.beside is None and "host" in cell.config.model_fields_set:
         yield 'host: has no effect with "backend": "ray", where services listen on the address of their node'
+    with suppress(InputError):
+        if in_one_process(cell.config.sharing):
+            yield f"sharing: {NOT_ON_A_CLUSTER}"
 
 
 def _problems(cell: Pair) -> Iterator[str]:

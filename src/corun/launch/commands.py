@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from corun import registry
@@ -142,6 +143,14 @@ def trainer(job: Train, threads: int, seed: int, out: Path, control: Address) ->
             control=control,
         ),
     ], thread_environment(threads)
+
+
+def together(parts: Sequence[Sequence[str]], lanes: Mapping[str, object], threads: int) -> Command:
+    """`python -m corun.launch.together` for these command lines of servers and a trainer, in one process."""
+    argv = [PYTHON, "-m", "corun.launch.together", *(["--lanes", json.dumps(lanes)] if lanes else [])]
+    for part in parts:
+        argv += ["--", *part]
+    return argv, thread_environment(threads)
 
 
 def profiler(out: Path, watch: Path, period_s: float, control: Address) -> Command:

@@ -58,6 +58,11 @@ class Shared(Protocol):
 
     def flags(self, member: Member) -> list[str]: ...
 
+    @property
+    def lanes(self) -> dict[str, Any]: ...
+
+    def heard(self, lanes: Mapping[str, Any]) -> list[str]: ...
+
     def started(self, pids: Mapping[Member, int]) -> list[str]: ...
 
     def enter(self, arm: str) -> None: ...
@@ -97,6 +102,11 @@ class Crew(Protocol):
 
     def start(self, place: Place, role: str, name: str, argv: Sequence[str], environment: Mapping[str, str]) -> Child:
         """Start one process."""
+
+    def start_together(
+        self, place: Place, parts: Sequence[tuple[str, str]], argv: Sequence[str], environment: Mapping[str, str]
+    ) -> list[Child]:
+        """Start one process that plays several (role, name); a child for each."""
 
     def wait_for(self, children: Sequence[Child], timeout_s: float) -> None:
         """Until each said HELLO; RunFault when one dies first or time runs out."""
@@ -180,6 +190,11 @@ class LocalCrew:
 
     def start(self, place: Place, role: str, name: str, argv: Sequence[str], environment: Mapping[str, str]) -> Child:
         return self._family.start(role, name, argv, environment)
+
+    def start_together(
+        self, place: Place, parts: Sequence[tuple[str, str]], argv: Sequence[str], environment: Mapping[str, str]
+    ) -> list[Child]:
+        return self._family.start_together(parts, argv, environment)
 
     def wait_for(self, children: Sequence[Child], timeout_s: float) -> None:
         self._control.wait_for(list(children), self._family, timeout_s)

@@ -22,7 +22,7 @@ from corun.arrivals import schedule as schedules
 from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import CorunError, PeerClosed, RunFault, WireError
 from corun.launch import commands, drift
-from corun.launch.children import Child
+from corun.launch.children import Child, lanes_of
 from corun.launch.commands import resolved_device
 from corun.launch.control import wait_for_server
 from corun.launch.crew import Crew, Place, Shared, make_crew
@@ -186,35 +186,47 @@ class _Experiment:
 
     def _start_hosts(self, crew: Crew, sharing: Shared) -> list[Child]:
         """Servers and trainer, side by side; returns once the servers answer, with the trainer to wait for."""
-        pair = self._pair
-
-        def start(place: Place, member: Member, command: commands.Command) -> Child:
-            argv, environment = command
-            argv = sharing.command(member, [*argv, *sharing.flags(member)])
-            environment = {**environment, **sharing.environment(member)}
-            return crew.start(place, member.role, member.name, argv, environment)
-
-        servers = []
-        for member, service, address in zip(sharing.cast.services, pair.services, self._addresses(crew), strict=True):
+        pair, cast = self._pair, sharing.cast
+        addresses = self._addresses(crew)
+        hosts: list[tuple[Place, Member, commands.Command]] = []
+        for member, service, address in zip(cast.services, pair.services, addresses, strict=True):
             service = service.model_copy(update={"threads": sharing.threads(member)})
             place = crew.place("server", member.index)
-            command = commands.server(service, address, place.out, place.parent_pid)
-            servers.append((start(place, member, command), address))
-        reporting = []
-        if pair.train and sharing.cast.trainer:
-            threads = sharing.threads(sharing.cast.trainer)
-            place = crew.place("trainer")
+            hosts.append((place, member, commands.server(service, address, place.out, place.parent_pid)))
+        if pair.train and cast.trainer:
+            threads, place = sharing.threads(cast.trainer), crew.place("trainer")
             command = commands.trainer(pair.train, threads, pair.config.seed, place.out, place.control)
-            reporting.append(start(place, sharing.cast.trainer, command))
-        for child, address in servers:
+            hosts.append((place, cast.trainer, command))
+        children = self._start_together(hosts, crew, sharing) if cast.one_process else []
+        children = children or [self._start_host(*host, crew, sharing) for host in hosts]
+        for child, address in zip(children, addresses, strict=False):
             wait_for_server(child, address, crew, pair.config.start_timeout_s)
-        return reporting
+        return [child for child in children if child.role == "trainer"]
+
+    def _start_host(
+        self, place: Place, member: Member, command: commands.Command, crew: Crew, sharing: Shared
+    ) -> Child:
+        argv, environment = command
+        argv = sharing.command(member, [*argv, *sharing.flags(member)])
+        return crew.start(place, member.role, member.name, argv, {**environment, **sharing.environment(member)})
+
+    def _start_together(
+        self, hosts: list[tuple[Place, Member, commands.Command]], crew: Crew, sharing: Shared
+    ) -> list[Child]:
+        """All of them as threads of one process, by the command lines they have as processes."""
+        parts = [[*argv, *sharing.flags(member)] for _, member, (argv, _) in hosts]
+        threads = max(sharing.threads(member) for _, member, _ in hosts)
+        names = [(member.role, member.name) for _, member, _ in hosts]
+        return crew.start_together(hosts[0][0], names, *commands.together(parts, sharing.lanes, threads))
 
     def _settle(self, crew: Crew, sharing: Shared) -> None:
         """Apply the policy to the running processes, prove that it bites, and record what is really in force."""
         pids = {(child.role, child.name): child.popen.pid for child in crew.children}
         members = [member for member in sharing.cast.members if (member.role, member.name) in pids]
-        for note in sharing.started({member: pids[member.role, member.name] for member in members}):
+        notes = sharing.started({member: pids[member.role, member.name] for member in members})
+        if sharing.lanes:
+            notes += sharing.heard(lanes_of(crew.children))
+        for note in notes:
             self._say(f"sharing {sharing.name}: {note}")
             self._events.write("policy", "launcher", sharing.name, note)
         shares = sharing.self_test()

@@ -28,6 +28,7 @@ from typing import Any, Self
 from corun.clock import NS_PER_S, now_ns
 from corun.errors import InputError, RunFault, WireError
 from corun.launch import drift, ray_cluster
+from corun.launch.cells import NOT_ON_A_CLUSTER
 from corun.launch.children import LOST, Child
 from corun.launch.control import ControlSocket
 from corun.launch.crew import Place, Shared
@@ -41,6 +42,7 @@ from corun.run.directory import RunDirectory, hardware
 from corun.run.launching import Roles, Where
 from corun.share.policy import Cast, Member
 from corun.share.selftest import Shares
+from corun.share.spec import in_one_process
 
 COMPARE_EVERY_S = 5.0
 COMPARE_WAIT_S = 2.0
@@ -236,6 +238,8 @@ class RayCrew:
         return self._sites[self._node(role).id]
 
     def share(self, spec: Any, cast: Cast) -> Shared:
+        if in_one_process(spec):
+            raise InputError("the sharing policy cannot be had here", [f"{_named(spec)}: {NOT_ON_A_CLUSTER}"])
         measured = self.placement.measured
         here = tuple(member for member in cast.services if self._node("server", member.index) == measured)
         trainer = cast.trainer if self._node("trainer") == measured else None
@@ -275,6 +279,11 @@ class RayCrew:
         with open(self._run.file("processes.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return child
+
+    def start_together(
+        self, place: Place, parts: Sequence[tuple[str, str]], argv: Sequence[str], environment: Mapping[str, str]
+    ) -> list[Child]:
+        raise InputError(NOT_ON_A_CLUSTER)
 
     def wait_for(self, children: Sequence[Child], timeout_s: float) -> None:
         for site in self._sites.values():
@@ -413,6 +422,14 @@ class RemoteShared:
 
     def flags(self, member: Member) -> list[str]:
         return list(self._ask("flags", member)) if member in self._here else []
+
+    @property
+    def lanes(self) -> dict[str, Any]:
+        return {}
+
+    def heard(self, lanes: Mapping[str, Any]) -> list[str]:
+        """Nobody has lanes: one process is refused on a cluster."""
+        return []
 
     def started(self, pids: Mapping[Member, int]) -> list[str]:
         return list(self._ask("started", {member: pid for member, pid in pids.items() if member in self._here}))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from corun.clock import NS_PER_MS, NS_PER_S, now_ns
 from corun.errors import CorunError, RunFault
 from corun.launch import commands
 from corun.launch.calibrate import free_port
-from corun.launch.children import Child, Family
+from corun.launch.children import Child, Family, lanes_of
 from corun.launch.control import ControlSocket, wait_for_server
 from corun.launch.segments import process_of
 from corun.launch.window import channel_of
@@ -51,6 +51,9 @@ WARM_REQUESTS: Final = 10
 WARM_S: Final = 2.0
 TRIES: Final = 2
 PICKED, SENT = STAMPS.index("picked"), STAMPS.index("tx")
+
+
+Spec = Mapping[str, Any] | str
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,16 @@ class Stage:
     """Processes of one cell under one sharing policy; a context. `factors` multiply the services' rates.
 
     The cell names its devices (no "auto") and the trainer's threads: what is measured must not depend on the set.
+    specs: further policies that `switch` may put in force between windows; they act by the gate alone.
 
     Raises InputError (the policy is refused), RunFault (a process did not start or died).
     """
 
-    def __init__(self, pair: Pair, factors: Sequence[float], repeats: int, seconds: float) -> None:
+    def __init__(
+        self, pair: Pair, factors: Sequence[float], repeats: int, seconds: float, specs: Sequence[Spec] = ()
+    ) -> None:
         self._pair, self._seconds, self._number = pair, seconds, 0
+        self._specs = tuple(specs)
         self._factors = tuple(dict.fromkeys((1.0, *factors)))
         self._repeats = repeats
         self._stack = ExitStack()
@@ -139,7 +146,25 @@ class Stage:
         trainer = Member("trainer", pair.train_label, pair.train.threads or 1) if pair.train else None
         devices = {one.device for one in pair.services} | ({pair.train.device} if pair.train else set())
         cast = Cast(services, trainer, frozenset(devices))
-        return Sharing.prepare(pair.config.sharing, cast, self._host)
+        return Sharing.prepare(pair.config.sharing, cast, self._host, also=self._specs)
+
+    def _start_servers(self) -> list[Address]:
+        pair, cast = self._pair, self._sharing.cast
+        addresses = [Address("tcp", pair.config.host, free_port()) for _ in pair.services]
+        hosts = []
+        for member, service, address in zip(cast.services, pair.services, addresses, strict=True):
+            service = service.model_copy(update={"threads": self._sharing.threads(member)})
+            hosts.append((member, commands.server(service, address, self._out, os.getpid())))
+        if pair.train and cast.trainer:
+            threads = self._sharing.threads(cast.trainer)
+            command = commands.trainer(pair.train, threads, pair.config.seed, self._out, self._control.address)
+            hosts.append((cast.trainer, command))
+        children = self._start_together(hosts) if cast.one_process else [self._start(*host) for host in hosts]
+        self._servers = {child.name: child for child in children if child.role == "server"}
+        self._trainer = next((child for child in children if child.role == "trainer"), None)
+        for child, address in zip(self._servers.values(), addresses, strict=True):
+            wait_for_server(child, address, self._family, pair.config.start_timeout_s)
+        return addresses
 
     def _start(self, member: Member, command: commands.Command) -> Child:
         argv, environment = command
@@ -147,20 +172,13 @@ class Stage:
         argv = sharing.command(member, [*argv, *sharing.flags(member)])
         return self._family.start(member.role, member.name, argv, {**environment, **sharing.environment(member)})
 
-    def _start_servers(self) -> list[Address]:
-        pair, cast = self._pair, self._sharing.cast
-        addresses = [Address("tcp", pair.config.host, free_port()) for _ in pair.services]
-        for member, service, address in zip(cast.services, pair.services, addresses, strict=True):
-            service = service.model_copy(update={"threads": self._sharing.threads(member)})
-            child = self._start(member, commands.server(service, address, self._out, os.getpid()))
-            self._servers[service.label] = child
-        if pair.train and cast.trainer:
-            threads = self._sharing.threads(cast.trainer)
-            command = commands.trainer(pair.train, threads, pair.config.seed, self._out, self._control.address)
-            self._trainer = self._start(cast.trainer, command)
-        for child, address in zip(self._servers.values(), addresses, strict=True):
-            wait_for_server(child, address, self._family, pair.config.start_timeout_s)
-        return addresses
+    def _start_together(self, hosts: Sequence[tuple[Member, commands.Command]]) -> list[Child]:
+        """All of them as threads of one process, by the command lines they have as processes."""
+        sharing = self._sharing
+        parts = [[*argv, *sharing.flags(member)] for member, (argv, _) in hosts]
+        threads = max(sharing.threads(member) for member, _ in hosts)
+        names = [(member.role, member.name) for member, _ in hosts]
+        return self._family.start_together(names, *commands.together(parts, sharing.lanes, threads))
 
     def _start_client(self, stream: int, service: Service, address: Address, schedule: Path) -> Child:
         command = commands.client(service, address, stream, schedule, self._pair, self._out, self._control.address)
@@ -188,6 +206,8 @@ class Stage:
         pids = {(child.role, child.name): child.popen.pid for child in self._family.children}
         members = [member for member in self._sharing.cast.members if (member.role, member.name) in pids]
         self._sharing.started({member: pids[member.role, member.name] for member in members})
+        if self._sharing.lanes:
+            self._sharing.heard(lanes_of(self._family.children))
 
     def _warm(self) -> None:
         """Every model some times, the trainer some steps, so that the first window is like the others."""
@@ -197,7 +217,15 @@ class Stage:
         if self._trainer:
             self._run([self._trainer], {}, "train", 0, WARM_S)
 
+    def describe(self) -> dict[str, Any]:
+        """The sharing policy as a manifest has it: asked for, in force, refused."""
+        return self._sharing.describe()
+
     # Windows
+
+    def switch(self, spec: Spec) -> None:
+        """Another policy from the next window on: the cell's own or one of `specs`. InputError: it takes a restart."""
+        self._sharing.switch(spec)
 
     def observe(
         self, services: Sequence[str], factor: float = 1.0, repeat: int = 0, trains: bool = True

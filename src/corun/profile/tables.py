@@ -123,7 +123,7 @@ PROCESS: Table = (
     *TICK,
     Column("pid", "", "int", "process"),
     Column("ppid", "", "int", "its parent; children of a watched process carry its role and name"),
-    Column("role", "", "str", "server, client, trainer, profiler, launcher ..."),
+    Column("role", "", "str", "server, client, trainer, profiler, launcher ...; server+trainer: one process"),
     Column("name", "", "str", "which one"),
     Column(
         "cpu_ns",

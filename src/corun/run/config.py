@@ -200,7 +200,9 @@ class Config(_Model):
     seed: Annotated[int, Field(ge=0)] = 0
     drift: Drift | None = Field(None, description="the requests' distribution shifts within the window")
     sharing: str | dict[str, Any] = Field(
-        "none", description='how trainer and services share the hardware, e.g. "idle" or {"policy": "idle+slo", ...}'
+        "none",
+        description='how trainer and services share the hardware, e.g. "idle" or {"policy": "idle+slo", ...}; '
+        '"one_process": true makes them threads of one process, as stream_priority and green_context do by themselves',
     )
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 54100

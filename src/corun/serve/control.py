@@ -155,6 +155,7 @@ class Control:
             "gc": "collected and frozen after each load",
             "python": platform.python_version(),
             "torch": _version("torch"),
+            **options.facts,
         }
 
     def _start(self, caller: Caller, start: Start) -> None:

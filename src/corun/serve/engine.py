@@ -28,7 +28,7 @@ from corun.clock import NS_PER_MS, now_ns
 from corun.errors import InputError, RunFault, suggest
 from corun.registry import ModelOptions, Servable, ServableInfo
 from corun.serve.queue import Request
-from corun.torch_tools import misfits
+from corun.torch_tools import compute_with, misfits
 from corun.wire import MAX_PAYLOAD, STAMPS, Status
 from corun.wire.messages import Load
 
@@ -201,14 +201,20 @@ def cpu_stages(servable: Servable, host: Any) -> DeviceTimes:
 
 
 class CudaStages:
-    """The same on a stream of its own of a CUDA device, with event times."""
+    """The same on a stream of a CUDA device, with event times: the current one, or its own where that is the default.
+
+    A thread in a lane (corun.share.in_process) has made its lane's stream the current one.
+    """
 
     def __init__(self, device: str) -> None:
         import torch
 
         self._torch = torch
-        self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(device)
+        self._stream = current
+        if current == torch.cuda.default_stream(device):
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(current)
         self._copied, self._computed, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
 
     def __call__(self, servable: Servable, host: Any) -> DeviceTimes:
@@ -272,9 +278,8 @@ def load_engine(load: Load, defaults: ModelOptions, threads: int = 1) -> Servabl
     if options.device == AUTO:
         options = replace(options, device=_auto_device(model))
     servable = model.serve(options)
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(threads)
+    if "torch" in sys.modules:
+        compute_with(threads)
     from corun.serve.generation import engine_for
 
     return engine_for(servable)

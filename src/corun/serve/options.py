@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from corun.registry import ModelOptions
 from corun.serve.connection import BACKLOG_LIMIT
@@ -22,6 +24,7 @@ class ServerOptions:
     switch_interval_s: how long one of the two threads may keep the interpreter from the other.
     deadline_ms: for requests that bring none of their own, from their intended send time; 0 = none.
     finish_s: how long a stopping server waits for what is being computed and for clients to take their replies.
+    facts: what HELLO says besides, e.g. with whom it shares its process.
     """
 
     name: str = "server"
@@ -38,3 +41,4 @@ class ServerOptions:
     switch_interval_s: float = SWITCH_INTERVAL_S
     finish_s: float = 10.0
     deadline_ms: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)

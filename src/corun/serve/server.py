@@ -33,7 +33,7 @@ from corun.serve.policies import make_policy
 from corun.serve.queue import Request, RequestQueue
 from corun.serve.rows import RowLog
 from corun.serve.statistics import Counts, Segment, Statistics, recent_ms
-from corun.serve.worker import Worker, answer
+from corun.serve.worker import Lane, Worker, answer
 from corun.wire import Address, Kind, Status, listen, number_in
 from corun.wire.messages import Load, encode
 
@@ -81,6 +81,7 @@ class Server:
     """Listens from the moment it is made; `serve` runs the io thread's loop in the caller's thread.
 
     load: makes an engine from a LOAD message, on the model thread. say: takes one line for the user.
+    lane: what the model thread is inside of for all its life.
     abandoned: the model thread was still busy (a load, a hanging kernel) when `serve` returned.
     Raises InputError when the address cannot be had or an option makes no sense.
     """
@@ -91,6 +92,7 @@ class Server:
         load: Callable[[Load], Engine],
         say: Callable[[str], None] = _print,
         observer: Observer | None = None,
+        lane: Lane = contextlib.nullcontext,
     ) -> None:
         self.options = options
         self.say = say
@@ -115,7 +117,7 @@ class Server:
         self._accepting = True
         self._observer = observer
         self._record = self._recorder()
-        self.worker = Worker(self.queue, self._record, self.fault, self.wake)
+        self.worker = Worker(self.queue, self._record, self.fault, self.wake, lane)
         self.control = Control(self, load)
 
     def _open_files(self) -> tuple[EventLog | None, RowLog | None]:

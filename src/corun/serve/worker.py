@@ -14,6 +14,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from corun.clock import now_ns
 from corun.process import set_timer_slack
@@ -28,12 +30,14 @@ TX = STAMPS.index("tx")
 REPLY = int(Kind.REPLY)
 MAX_FAULTS = 64
 
+Lane = Callable[[], AbstractContextManager[Any]]
+
 
 class Worker:
     """One thread around one queue; `engine` is swapped by tasks that run in it.
 
     record: takes every answered request. fault: told each distinct reason of a failure once. wake: called after
-    each piece of work while `watched` is set.
+    each piece of work while `watched` is set. lane: a context the thread is inside of for all its life, e.g. a stream.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Worker:
         record: Callable[[Request], None],
         fault: Callable[[str], None],
         wake: Callable[[], None],
+        lane: Lane = nullcontext,
     ) -> None:
         self._engine: Engine | None = None
         self._later: SubmittingEngine | None = None
@@ -52,6 +57,7 @@ class Worker:
         self._record = record
         self._fault = fault
         self._wake = wake
+        self._lane = lane
         self._faults: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
@@ -77,7 +83,8 @@ class Worker:
 
     def _work(self) -> None:
         try:
-            self._work_until_closed()
+            with self._lane():
+                self._work_until_closed()
         except BaseException as error:  # noqa: BLE001 - top of the thread: the io thread raises it
             self.crash = error
             self._wake()

@@ -87,6 +87,8 @@ class Policy:
     summary: ClassVar[str]
     live: ClassVar[bool] = False
     """attach and detach work on running processes"""
+    one_process: ClassVar[bool] = False
+    """acts only where trainer and services are threads of one process; asking for it asks for that too"""
 
     def refusals(self, host: Host, cast: Cast) -> list[str]:
         """Why it cannot be had here; empty when it can."""
@@ -121,6 +123,10 @@ class Policy:
         """Flags of `python -m corun.train` that it needs."""
         return []
 
+    def lanes(self) -> dict[str, Any]:
+        """The streams it asks for inside one process, as corun.share.in_process.make_lanes takes them; {} = none."""
+        return {}
+
     def expects(self, host: Host) -> str | None:
         """What two spinners on one core must show under it: "priority", or None when it is not about the CPU."""
         return None
@@ -131,6 +137,22 @@ class Policy:
 
     def teardown(self, host: Host) -> None:
         """Put everything back; must not raise for what is gone already."""
+
+
+def no_process_of_its_own(cast: Cast) -> list[str]:
+    """Why a policy that acts on the trainer's process cannot be had, as refusals."""
+    if cast.one_process:
+        return ["the trainer is no process of its own: with one_process it is a thread beside the services"]
+    return [] if cast.trainer else ["the trainer is no process of its own: nobody trains"]
+
+
+def not_together(cast: Cast) -> list[str]:
+    """Why a policy that acts inside one process cannot be had, as refusals."""
+    if not cast.one_process:
+        return ["trainer and service are separate processes, and it acts inside one"]
+    if cast.trainer is None or not cast.services:
+        return ["it takes a trainer and a service that share the process"]
+    return []
 
 
 def no_gpu(cast: Cast, host: Host) -> list[str]:

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from corun.errors import InputError, RunFault
@@ -29,7 +29,7 @@ from corun.share.page import Knobs, Page
 from corun.share.policies import POLICIES
 from corun.share.policy import Cast, Member, Policy, Rule
 from corun.share.selftest import SELF_TEST_S, Shares, Spinner, spin
-from corun.share.spec import parse
+from corun.share.spec import NAIVE, in_one_process, parse
 from corun.share.start import Setup
 
 GATE = "corun.share.gates:from_options"
@@ -48,25 +48,39 @@ class Sharing:
         self._host = host
         self._pids: dict[Member, int] = {}
         self._problems: list[str] = []
+        self._heard: dict[str, Any] = {}
+        self._notes: list[str] = []
         self.rule = merge_rules(policy.rule() for policy in policies)
+        self._gate = self.rule
         self.page: Page | None = Page.create() if self.rule or always_page else None
 
     @classmethod
     def prepare(
-        cls, spec: Mapping[str, Any] | str | None, cast: Cast, host: Host | None = None, always_page: bool = False
+        cls,
+        spec: Mapping[str, Any] | str | None,
+        cast: Cast,
+        host: Host | None = None,
+        always_page: bool = False,
+        also: Sequence[Mapping[str, Any] | str] = (),
     ) -> Sharing:
         """Parse, ask every policy whether it can be had here, and set it up.
 
         always_page: a page and a gate even where no policy needs one, so that policies can be switched later.
+        also: specs that `switch` may put in force later, on the same processes.
+        Where the spec asks for one process, or a policy of it acts only inside one, so does the cast from then on.
         Raises InputError: a bad spec, or a policy that is refused here, with its reasons. RunFault: a set-up failed.
         """
         host = host or Host()
         policies = parse(spec)
+        cast = replace(cast, one_process=cast.one_process or in_one_process(spec))
         refused = {policy.name: policy.refusals(host, cast) for policy in policies}
         reasons = [f"{name}: {reason}" for name, why in refused.items() for reason in why]
         if reasons:
             raise InputError("the sharing policy cannot be had here", reasons)
-        sharing = cls(policies, cast, host, always_page)
+        rules = [merge_rules(policy.rule() for policy in parse(other)) for other in (spec, *also)]
+        _only_one(rules)
+        sharing = cls(policies, cast, host, always_page or bool(also))
+        sharing._gate = merge_rules(rules)
         try:
             for policy in policies:
                 policy.prepare(host, cast)
@@ -122,17 +136,33 @@ class Sharing:
         flags = [flag for policy in self.policies for flag in policy.trainer_flags()]
         if self.page:
             flags += ["--gate", GATE, "--gate-options", json.dumps(self._gate_options())]
-        if self.rule and self.rule.layers:
+        if self._gate and self._gate.layers:
             flags.append("--layer-gate")
         return flags
 
     def _gate_options(self) -> dict[str, Any]:
         assert self.page is not None
         known = {item.name for item in fields(GateOptions)}
-        asked = self.rule.options if self.rule else {}
+        asked = self._gate.options if self._gate else {}
         return {"page": str(self.page.path), **{key: value for key, value in asked.items() if key in known}}
 
+    @property
+    def lanes(self) -> dict[str, Any]:
+        """The streams asked for inside one process, as `make_lanes` takes them; {} = none."""
+        return next((lanes for policy in self.policies if (lanes := policy.lanes())), {})
+
     # Running processes
+
+    def heard(self, lanes: Mapping[str, Any]) -> list[str]:
+        """What the one process says of its lanes in HELLO; returns where that is not what was asked for."""
+        self._heard = dict(lanes)
+        notes = [
+            f"{name} was to be {asked} and is {lanes.get(name, 'not known')}"
+            for name, asked in self.lanes.items()
+            if name != "kind" and lanes.get(name) != asked
+        ]
+        self._notes = notes
+        return notes
 
     def started(self, pids: Mapping[Member, int]) -> list[str]:
         """Attach to all processes, find and cross borders; returns what the user must know.
@@ -188,6 +218,21 @@ class Sharing:
         self.page.set_knobs(Knobs(rule.micro, rule.duty, self._trainer_threads(active)))
         self.page.mode = rule.mode
 
+    def switch(self, spec: Mapping[str, Any] | str) -> None:
+        """Another policy on the same processes, from the next `enter` on.
+
+        Raises InputError for a policy that is more than a rule of the gate: its processes have to be started anew.
+        """
+        policies = parse(spec)
+        before = {policy.name: options_of(policy) for policy in self.policies if _starts(policy)}
+        after = {policy.name: options_of(policy) for policy in policies if _starts(policy)}
+        rule = merge_rules(policy.rule() for policy in policies)
+        layers = bool(rule and rule.layers) == bool(self._gate and self._gate.layers)
+        if before != after or not layers or (rule and self.page is None):
+            name = "+".join(policy.name for policy in policies)
+            raise InputError(f"{name} takes processes that were started under it; these were under {self.name}")
+        self.rule = rule
+
     def _trainer_threads(self, active: bool) -> int:
         trainer = self.cast.trainer
         if trainer is None:
@@ -221,15 +266,17 @@ class Sharing:
         """For the manifest: what was asked, what is in force, and why every other policy could not be had."""
         return {
             "policy": self.name,
+            **({"one_process": True} if self.cast.one_process else {}),
             "options": {policy.name: options_of(policy) for policy in self.policies},
             "threads": {member.label: self.threads(member) for member in self.cast.members},
             "in_force": {
                 **{policy.name: policy.in_force() for policy in self.policies},
                 "processes": {member.label: observe(pid, self._host) for member, pid in self._pids.items()},
                 "gate": asdict(self.rule) if self.rule else None,
+                **({"lanes": self._heard} if self.lanes else {}),
             },
             "borders": [border.sentence() for border in self.borders],
-            "problems": list(self._problems),
+            "problems": [*self._problems, *self._notes],
             "self_test": self.shares.sentence() if self.shares else None,
             "refused": survey(self.cast, self._host, skip={policy.name for policy in self.policies}),
         }
@@ -240,6 +287,20 @@ class Sharing:
             policy.teardown(self._host)
         if self.page:
             self.page.close()
+
+
+def _starts(policy: Policy) -> bool:
+    """Whether a policy does something to processes, not only to the gate."""
+    return policy.rule() is None and policy.name != NAIVE
+
+
+def _only_one(rules: Sequence[Rule | None]) -> None:
+    """InputError when rules that one gate is to follow in turn ask for different options of it."""
+    asked: dict[str, Any] = {}
+    for rule in rules:
+        for name, value in (rule.options if rule else {}).items():
+            if name != "micro_max" and asked.setdefault(name, value) != value:
+                raise InputError(f"policies that are switched have one gate, which cannot have {name} {value} too")
 
 
 def options_of(policy: Policy) -> dict[str, Any]:
@@ -264,13 +325,16 @@ def merge_rules(rules: Any) -> Rule | None:
 
 
 def survey(cast: Cast, host: Host, skip: set[str] | frozenset[str] = frozenset()) -> dict[str, list[str]]:
-    """Why each policy cannot be had here; those that can be are left out."""
+    """Why each policy cannot be had here; those that can be are left out.
+
+    A policy that acts inside one process is asked as if it had one: asking for it gives it one.
+    """
     found: dict[str, list[str]] = {}
     for name, cls in POLICIES.items():
         if name in skip:
             continue
         try:
-            reasons = cls().refusals(host, cast)
+            reasons = cls().refusals(host, replace(cast, one_process=cast.one_process or cls.one_process))
         except InputError:
             continue
         if reasons:

@@ -13,6 +13,7 @@ from corun.share.policies import POLICIES
 from corun.share.policy import Policy
 
 NAIVE = "none"
+TOGETHER = "one_process"
 
 
 def split_names(text: str) -> list[str]:
@@ -25,14 +26,14 @@ def split_names(text: str) -> list[str]:
 
 
 def parse(spec: Mapping[str, Any] | str | None) -> tuple[Policy, ...]:
-    """The policies of a config entry or of `--policy` text.
+    """The policies of a config entry or of `--policy` text; whether all is one process says `in_one_process`.
 
     Raises InputError: an unknown policy or option, an impossible value, or two policies that contradict each other.
     """
     given: dict[str, Any] = {"policy": spec} if isinstance(spec, str) else dict(spec or {})
     names = split_names(str(given.pop("policy", NAIVE)))
     known = {name: _options(name) for name in names}
-    problems = _contradictions(names)
+    problems = [*_contradictions(names), *_together_problems(given.pop(TOGETHER, None), names)]
     every = sorted({option for options in known.values() for option in options})
     for option in given:
         if option not in every:
@@ -42,6 +43,26 @@ def parse(spec: Mapping[str, Any] | str | None) -> tuple[Policy, ...]:
     if problems:
         raise InputError("the sharing policy is wrong", problems)
     return tuple(_build(name, {key: value for key, value in given.items() if key in known[name]}) for name in names)
+
+
+def in_one_process(spec: Mapping[str, Any] | str | None) -> bool:
+    """Whether trainer and services are to be threads of one process: asked for, or part of what a policy is.
+
+    InputError as from `parse` when a policy is unknown.
+    """
+    given: Mapping[str, Any] = {"policy": spec} if isinstance(spec, str) else spec or {}
+    names = split_names(str(given.get("policy", NAIVE)))
+    return given.get(TOGETHER) is True or any(POLICIES[name].one_process for name in names)
+
+
+def _together_problems(asked: Any, names: Sequence[str]) -> list[str]:
+    """What is wrong with `one_process` (None = not said)."""
+    if not isinstance(asked, bool | None):
+        return [f'"{TOGETHER}" must be true or false, not {asked!r}']
+    inside = [name for name in names if POLICIES[name].one_process]
+    if asked is False and inside:
+        return [f'{" and ".join(inside)} acts inside one process: leave "{TOGETHER}" out or make it true']
+    return []
 
 
 def _options(name: str) -> list[str]:

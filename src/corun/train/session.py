@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from corun import __version__
 from corun.clock import NS_PER_S, now_ns
 from corun.errors import PeerClosed
-from corun.process import StopSignal
+from corun.process import StopFlag
 from corun.run.records import TRAIN
 from corun.run.table import EventLog, TableWriter
 from corun.train.trainer import Step, Trainer
@@ -60,13 +62,24 @@ class StepLog:
 
 
 class Session:
-    """Train when told to; `run` returns when the launcher says STOP or goes away, or on a stop signal."""
+    """Train when told to; `run` returns when the launcher says STOP or goes away, or on a stop signal.
 
-    def __init__(self, trainer: Trainer, channel: Channel, log: StepLog, stop: StopSignal) -> None:
+    facts: what HELLO says besides, e.g. with whom it shares its process.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        channel: Channel,
+        log: StepLog,
+        stop: StopFlag,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self._trainer = trainer
         self._channel = channel
         self._log = log
         self._stop = stop
+        self._facts = dict(facts or {})
         self._segment: Arm | None = None
         self._running = False
         self._steps = 0
@@ -82,7 +95,7 @@ class Session:
             model=self._trainer.options.model,
             device=self._trainer.options.device,
             clock_ns=now_ns(),
-            info=self._trainer.describe(),
+            info={**self._trainer.describe(), **self._facts},
         )
         self._channel.request(hello)
         self._trainer.gate.attend = self._attend

@@ -130,6 +130,7 @@ class FakeCuda:
 
     def __init__(self, late_ms: list[float]) -> None:
         self.calls: list[str] = []
+        self.current = ""
         self.late = iter(late_ms)
         self.clock_ms = 0.0
         fake = self
@@ -157,16 +158,22 @@ class FakeCuda:
                 fake.calls.append(f"waits for {other}")
 
         class Entered:
-            def __init__(self, stream: Stream) -> None: ...
+            def __init__(self, stream: Any) -> None:
+                self.name = stream if isinstance(stream, str) else "enter"
+
             def __enter__(self) -> None:
-                fake.calls.append("enter")
+                fake.calls.append(self.name)
 
             def __exit__(self, *exc: object) -> None:
                 fake.calls.append("leave")
 
         self.module = SimpleNamespace(
             cuda=SimpleNamespace(
-                Event=Event, Stream=Stream, stream=Entered, current_stream=lambda device: f"default of {device}"
+                Event=Event,
+                Stream=Stream,
+                stream=Entered,
+                current_stream=lambda device: self.current or f"default of {device}",
+                default_stream=lambda device: f"default of {device}",
             )
         )
 
@@ -202,6 +209,16 @@ def test_the_device_is_waited_for_on_our_own_stream_only() -> None:
         "leave",
         "event.synchronize",
     ]
+
+
+def test_in_a_lane_the_stages_run_on_the_lanes_stream() -> None:
+    """Where the thread's current stream is not the default one no other is made: priority and SMs are the lane's."""
+    cuda = FakeCuda([1.0] * 3)
+    cuda.current = "high priority"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", cuda.module)
+        CudaStages("cuda:1")(FakeServable(), [b"a"])
+    assert cuda.calls == ["high priority", "record", "record", "record", "leave", "event.synchronize"]
 
 
 def test_options_of_a_load_message_are_checked() -> None:

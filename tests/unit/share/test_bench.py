@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench.sharing import Cell, Measured, figures, measure_simulated, picked, table
+from bench.sharing import Cell, Measured, figures, measure_simulated, page_table, picked, table
+from bench.sharing_cpu import cpu_specs
+from bench.sharing_sets import gpu_specs, require_gpu, sets_of
 
 from corun.errors import InputError
+from corun.share.host import Host
+from corun.share.spec import in_one_process, parse
 
 
 def _cells(scale: float, speed: float | None, repeats: int = 4, count: int = 300) -> list[Cell]:
@@ -81,3 +85,43 @@ def test_the_simulated_table_holds_its_promises() -> None:
     assert hybrid["idle_eff"] >= 0.95
     assert found["best_within_10pct"] == "preempt 8+priority"
     assert 0.27 < measured.utilisation < 0.33
+
+
+def test_policies_that_start_alike_share_their_processes() -> None:
+    """What only the gate is told of is switched; caps, MPS, one process and each kind of lane have their own set."""
+    sets = sets_of(gpu_specs(10.0))
+    assert ["none", "throttle", "slo", "preempt"] in sets
+    assert ["stream_priority", "preempt+stream_priority"] in sets
+    for name in ("one_process", "green_context", "mps", "memory_cap"):
+        assert [name] in sets
+    assert sum(map(len, sets)) == len(gpu_specs(10.0))
+
+
+def test_every_row_of_both_tables_is_a_policy() -> None:
+    """Specs parse, and the rows of one process are those that say so or act inside one."""
+    for specs in (cpu_specs(10.0), gpu_specs(10.0)):
+        for spec in specs.values():
+            parse(spec)
+        together = {name for name, spec in specs.items() if in_one_process(spec)}
+        assert "one_process" in together
+        assert together - {"one_process"} == {
+            name for name in specs if "stream_priority" in name or "green_context" in name
+        }
+
+
+def test_what_is_refused_is_listed_with_its_reasons() -> None:
+    """A policy without a row is not forgotten: the JSON, the table and the page name it."""
+    refused = {"mps": ["there is no NVIDIA driver", "it is not installed"], "mig": ["no slice"]}
+    details = {"refused": refused, "service": "a", "trainer": "b", "repeats": 4, "seconds": 8, "utilisation": 0.2}
+    measured = Measured(_measured(none=(1.5, 60.0)).cells, 0.2, details)
+    found = figures(measured)
+    assert found["refused"] == refused
+    assert "not to be had here: mps: there is no NVIDIA driver; it is not installed" in table(found)
+    assert page_table(found, details).endswith("Not to be had there: mps, mig.")
+
+
+@pytest.mark.skipif(Host().driver_version is not None, reason="there is an NVIDIA driver")
+def test_without_a_gpu_the_gpu_table_is_refused() -> None:
+    """Before anything is started, with what can be measured instead."""
+    with pytest.raises(InputError, match="--device simulated"):
+        require_gpu()

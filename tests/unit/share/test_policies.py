@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from corun.errors import InputError, RunFault
 from corun.share.brakes import Mode
@@ -21,7 +23,7 @@ from corun.share.policies import green_context as green
 from corun.share.policies.mig import Slice, parse_list
 from corun.share.policy import Cast, Member, Rule
 from corun.share.sharing import Sharing, available, merge_rules, survey
-from corun.share.spec import parse
+from corun.share.spec import in_one_process, parse
 from corun.share.start import Setup
 from corun.testing.host import FakeHost
 
@@ -489,12 +491,109 @@ def test_memory_caps_are_flags_on_a_gpu_and_limits_on_a_cpu(host: FakeHost) -> N
 
 
 @pytest.mark.parametrize("name", ["stream_priority", "green_context"])
-def test_in_process_policies_say_that_they_are(host: FakeHost, name: str) -> None:
-    """On a GPU they are refused for two processes and had for one."""
+def test_in_process_policies_make_one_process_of_all(host: FakeHost, name: str) -> None:
+    """Asking for them asks for one process; without a trainer or a service to share it they are refused."""
     _gpu(host)
-    with pytest.raises(InputError, match="separate processes"):
-        Sharing.prepare(name, GPU, host)
-    Sharing.prepare(name, replace(GPU, one_process=True), host).close()
+    with Sharing.prepare(name, GPU, host) as sharing:
+        assert sharing.cast.one_process
+        assert sharing.lanes == POLICIES[name]().lanes()
+        assert sharing.describe()["one_process"] is True
+    with pytest.raises(InputError, match=r"one_process.* true"):
+        parse({"policy": name, "one_process": False})
+    for cast in (replace(GPU, trainer=None), replace(GPU, services=())):
+        with pytest.raises(InputError, match="a trainer and a service"):
+            Sharing.prepare(name, cast, host)
+    assert "separate processes" in " ".join(POLICIES[name]().refusals(host, GPU))
+
+
+def test_what_the_process_says_of_its_lanes_is_in_the_manifest(host: FakeHost) -> None:
+    """Read back values stand under in_force; one that is not what was asked for is a problem with both numbers."""
+    _gpu(host)
+    with Sharing.prepare("stream_priority", GPU, host) as sharing:
+        assert sharing.heard({"service_priority": -5, "trainer_priority": 0}) == []
+        assert sharing.describe()["in_force"]["lanes"] == {"service_priority": -5, "trainer_priority": 0}
+        (note,) = sharing.heard({"service_priority": -2, "trainer_priority": 0})
+        assert "-5" in note
+        assert "-2" in note
+        assert note in sharing.describe()["problems"]
+    with Sharing.prepare({"policy": "green_context", "service_sms": 30}, GPU, host) as sharing:
+        assert sharing.heard({}) == ["service_sms was to be 30 and is not known"]
+
+
+@pytest.mark.parametrize("name", ["nice", "idle", "cgroup", "partition", "mps", "mig", "memory_cap"])
+def test_policies_of_whole_processes_are_refused_in_one(host: FakeHost, name: str) -> None:
+    """Where trainer and services are threads, whatever acts on a process says so instead of doing half of it."""
+    _mps_daemon(_gpu(host, H100_SLICES))
+    with pytest.raises(InputError, match=r"one process|no process of its own|a process sees one slice"):
+        Sharing.prepare({"policy": name, "one_process": True}, GPU, host)
+
+
+@pytest.mark.parametrize(
+    "spec", ["none", "default", "throttle", "preempt", {"policy": "slo", "slo_ms": 9}, "predictive"]
+)
+def test_policies_of_the_gate_can_be_had_in_one_process(host: FakeHost, spec: Any) -> None:
+    """Cooperative policies do not care in which process the trainer is, and processes are started bare."""
+    given = {"policy": spec} if isinstance(spec, str) else spec
+    with Sharing.prepare({**given, "one_process": True}, CPU, host) as sharing:
+        assert sharing.cast.one_process
+        assert sharing.lanes == {}
+        for member in sharing.cast.members:
+            assert sharing.command(member, ["x"]) == ["x"]
+            assert sharing.environment(member) == {}
+    with Sharing.prepare(given, CPU, host) as sharing:
+        assert not sharing.cast.one_process
+        assert "one_process" not in sharing.describe()
+
+
+@given(
+    names=st.lists(st.sampled_from(sorted(POLICIES)), min_size=1, max_size=3, unique=True),
+    asked=st.sampled_from([None, True, False, "yes"]),
+)
+@settings(max_examples=80)
+def test_one_process_is_asked_for_or_implied(names: list[str], asked: Any) -> None:
+    """It is one process when the spec says true or a policy in it acts inside one; false beside such a policy, and
+    what is neither true nor false, are refused."""
+    spec: dict[str, Any] = {"policy": "+".join(names)} | ({} if asked is None else {"one_process": asked})
+    if "slo" in names:
+        spec["slo_ms"] = 50
+    inside = any(POLICIES[name].one_process for name in names)
+    assert in_one_process(spec) == (asked is True or inside)
+    kinds = [POLICIES[name].kind for name in names]
+    if len(set(kinds)) < len(kinds) or ("base" in kinds and len(kinds) > 1):
+        return
+    if asked is None or asked is True or (asked is False and not inside):
+        assert [policy.name for policy in parse(spec)] == names
+    else:
+        with pytest.raises(InputError, match="one_process"):
+            parse(spec)
+
+
+def test_policies_of_the_gate_are_switched_on_running_processes(host: FakeHost) -> None:
+    """One gate is started for all of them; what takes a restart, or another option of that gate, is refused."""
+    also = [{"policy": "throttle", "duty": 0.5}, {"policy": "slo", "slo_ms": 80}]
+    with Sharing.prepare("none", CPU, host, also=also) as sharing:
+        page = sharing.page
+        assert page is not None
+        options = json.loads(sharing.flags(TRAINER)[3])
+        assert options["slo_ms"] == 80
+        sharing.switch(also[0])
+        sharing.enter("corun")
+        assert page.knobs.duty == 0.5
+        sharing.switch(also[1])
+        sharing.enter("corun")
+        assert (page.mode, page.knobs.duty) == (Mode.SLO, 1.0)
+        sharing.switch("none")
+        sharing.enter("corun")
+        assert page.mode == Mode.FREE
+        for spec in ("idle", {"policy": "preempt", "layers": True}):
+            with pytest.raises(InputError, match="started under"):
+                sharing.switch(spec)
+    with pytest.raises(InputError, match="one gate"):
+        Sharing.prepare({"policy": "slo", "slo_ms": 90}, CPU, host, also=also)
+    with Sharing.prepare("idle", CPU, host) as sharing:
+        sharing.switch("idle")
+        with pytest.raises(InputError, match="these were under idle"):
+            sharing.switch("idle+preempt")
 
 
 def test_green_contexts_need_driver_and_torch(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +603,7 @@ def test_green_contexts_need_driver_and_torch(host: FakeHost, monkeypatch: pytes
     with pytest.raises(InputError) as error:
         Sharing.prepare("green_context", replace(GPU, one_process=True), host)
     assert "driver is 535" in str(error.value)
-    assert "came with 2.10" in str(error.value)
+    assert "came with 2.12" in str(error.value)
 
 
 def test_the_installed_torch_is_known_without_importing_it() -> None:

@@ -15,7 +15,7 @@ from corun.errors import InputError, RunFault
 from corun.share.borders import cgroup_directory, cpu_cgroup
 from corun.share.host import Host, why_not
 from corun.share.openmp import waiting
-from corun.share.policy import Cast, Kind, Member, Policy
+from corun.share.policy import Cast, Kind, Member, Policy, no_process_of_its_own
 from corun.share.start import Setup
 
 _LIGHTEST = {"cpu.weight": 1, "cpu.shares": 2}
@@ -42,8 +42,8 @@ class Cgroup(Policy):
             raise InputError(f"weight is {self.weight}; it must be 1 to 10000, or 0 for an idle group")
 
     def refusals(self, host: Host, cast: Cast) -> list[str]:
-        if cast.trainer is None or cast.one_process:
-            return ["the trainer is no process of its own"]
+        if problems := no_process_of_its_own(cast):
+            return problems
         place = find_place(host)
         if place is None:
             return ["no cgroup hierarchy with the cpu controller is mounted"]

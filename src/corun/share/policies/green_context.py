@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from corun.errors import InputError
 from corun.share.host import Host
-from corun.share.policy import Cast, Kind, Policy, no_gpu
+from corun.share.policy import Cast, Kind, Policy, no_gpu, not_together
 
-OLDEST_TORCH = (2, 10)
+OLDEST_TORCH = (2, 12)
 OLDEST_DRIVER = 570  # CUDA 12.8
 
 
@@ -28,6 +28,7 @@ class GreenContext(Policy):
     name: ClassVar[str] = "green_context"
     kind: ClassVar[Kind] = "gpu"
     summary: ClassVar[str] = "CUDA green contexts: disjoint SMs inside one process"
+    one_process: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.service_sms < 1:
@@ -39,10 +40,11 @@ class GreenContext(Policy):
         if driver is not None and driver[0] < OLDEST_DRIVER:
             problems.append(f"the NVIDIA driver is {driver[0]}; green contexts need {OLDEST_DRIVER} (CUDA 12.8)")
         if torch_version() < OLDEST_TORCH:
-            problems.append("torch has no torch.cuda.green_contexts; it came with 2.10")
-        if not cast.one_process:
-            problems.append("trainer and service are separate processes, whose contexts are time sliced anyway")
-        return problems
+            problems.append("this torch has no green contexts with streams of their own; they came with 2.12")
+        return [*problems, *not_together(cast)]
+
+    def lanes(self) -> dict[str, Any]:
+        return {"kind": "green", "service_sms": self.service_sms}
 
 
 def torch_version() -> tuple[int, ...]:

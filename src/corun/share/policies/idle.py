@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from corun.share.host import IDLE_CLASS, NORMAL_CLASS, Host
 from corun.share.openmp import waiting
-from corun.share.policy import Cast, Kind, Member, Policy
+from corun.share.policy import Cast, Kind, Member, Policy, no_process_of_its_own
 from corun.share.start import Setup
 
 
@@ -43,7 +43,7 @@ class Idle(Policy):
                 host.set_class(tid, NORMAL_CLASS)
 
     def refusals(self, host: Host, cast: Cast) -> list[str]:
-        return [] if cast.trainer and not cast.one_process else ["the trainer is no process of its own"]
+        return no_process_of_its_own(cast)
 
     def expects(self, host: Host) -> str | None:
         return "priority"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from corun.errors import InputError
 from corun.share.host import Host
-from corun.share.policy import Cast, Kind, Member, Policy
+from corun.share.policy import Cast, Kind, Member, Policy, no_process_of_its_own
 from corun.share.start import Setup
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
@@ -42,8 +42,8 @@ class MemoryCap(Policy):
             )
 
     def refusals(self, host: Host, cast: Cast) -> list[str]:
-        if cast.trainer is None or cast.one_process:
-            return ["the trainer is no process of its own"]
+        if problems := no_process_of_its_own(cast):
+            return problems
         if not cast.on_gpu and not self.memory_mib:
             return ["the trainer runs on the CPU: memory_mib must say how much memory it may have"]
         return []

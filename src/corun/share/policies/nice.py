@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from corun.errors import InputError
 from corun.share.host import Host
 from corun.share.openmp import waiting
-from corun.share.policy import Cast, Kind, Member, Policy
+from corun.share.policy import Cast, Kind, Member, Policy, no_process_of_its_own
 from corun.share.start import Setup
 
 
@@ -45,7 +45,7 @@ class Nice(Policy):
                 host.set_nice(tid, 0)
 
     def refusals(self, host: Host, cast: Cast) -> list[str]:
-        return [] if cast.trainer and not cast.one_process else ["the trainer is no process of its own"]
+        return no_process_of_its_own(cast)
 
     def expects(self, host: Host) -> str | None:
         return "priority"

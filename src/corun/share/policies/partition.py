@@ -38,6 +38,8 @@ class Partition(Policy):
 
     def refusals(self, host: Host, cast: Cast) -> list[str]:
         cores = len(host.cores)
+        if cast.one_process:
+            return ["trainer and services are threads of one process, and cores are given to processes"]
         if cores < 2:
             return ["this process may use one core only; two sides need two"]
         if self.service_cores >= cores:
