@@ -1,13 +1,14 @@
 """Which batch bound a service gets: the one that keeps its promise at the rate asked and carries the most.
 
-    option     a size of the measured curve, held for nobody or for a share of the slack (bound - time of a full batch)
+    option     a size of the measured curve, not held or held for a share of the slack (bound - time of a full batch)
     judged     alone: percentile at the rate asked, and capacity = the highest rate at which the promise is kept,
                both by corun.plan.tail on the times of the curve
     chosen     of the options that keep it and have memory, the highest capacity; of those within TIE of that, the one
                held for the shortest time, then the smallest. None keeps it: the nearest.
 
 A larger bound never makes a free server wait, so it costs little where requests are few; what it can cost is the latency
-of whoever comes in a large batch. Holding fills batches and takes slack that services and training beside it will need.
+of whoever comes in a large batch. Holding fills batches and takes slack that services and training beside it will need,
+so it has to carry more than TIE more; that is also about what a simulated p99 is uncertain by.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from corun.plan.search import bisect_rate
 from corun.plan.tail import sojourn_percentile
 
 LARGEST: Final = 32
-SLACKS: Final = (0.1, 0.25, 0.5)
-TIE: Final = 0.03
+SLACKS: Final = (0.1, 0.25)
+TIE: Final = 0.10
+REQUESTS: Final = 6000
 LOWEST: Final = 0.01
 
 
@@ -87,7 +89,8 @@ def percentile_ms(curve: Curve, rate: float, percentile: float, max_batch: int, 
     times, mean = curve.times_ms(max_batch), float(np.mean(curve.shape))
     growth = tuple(time / times[0] for time in times)
     shape = tuple(value / mean for value in curve.shape)
-    return sojourn_percentile(rate, shape, times[0] * mean, curve.overhead_ms, percentile, growth, max_delay_ms)
+    unit_ms, overhead_ms = times[0] * mean, curve.overhead_ms
+    return sojourn_percentile(rate, shape, unit_ms, overhead_ms, percentile, growth, max_delay_ms, REQUESTS)
 
 
 def capacity(curve: Curve, slo: Slo, max_batch: int, max_delay_ms: float = 0.0, rate: float | None = None) -> float:

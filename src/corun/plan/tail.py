@@ -29,9 +29,9 @@ SEED: Final = 20241207
 
 
 @cache
-def _common() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _common(requests: int = REQUESTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     rng = np.random.default_rng(SEED)
-    return np.cumsum(rng.exponential(1.0, REQUESTS)), rng.random(REQUESTS)
+    return np.cumsum(rng.exponential(1.0, requests)), rng.random(requests)
 
 
 def sojourn_percentile(
@@ -42,17 +42,19 @@ def sojourn_percentile(
     percentile: float,
     growth: Sequence[float] = (1.0,),
     max_delay_ms: float = 0.0,
+    requests: int = REQUESTS,
 ) -> float:
     """Predicted percentile (0-100) of the sojourn in ms.
 
     rate: requests/s. shape: (n,) service times over their mean, n >= 1. mean_ms: the mean they are scaled to, of a
     batch of one. growth: time of a batch of 1 .. B over that of one. max_delay_ms: how long a batch is held.
+    requests: how many are simulated.
     """
     if rate * mean_ms * growth[-1] >= 1000 * len(growth):
         return float("inf")
-    unit_arrivals, draws = _common()
+    unit_arrivals, draws = _common(requests)
     if len(growth) > 1 and rate > 0:
-        sojourn = _bulk(rate, _as_tuple(shape), mean_ms, tuple(growth), max_delay_ms).sojourns
+        sojourn = _bulk(rate, _as_tuple(shape), mean_ms, tuple(growth), max_delay_ms, requests).sojourns
     else:
         service = mean_ms * _spread(shape, draws)
         if rate <= 0:
@@ -73,11 +75,16 @@ def busy_ms(
     return _bulk(rate, _as_tuple(shape), mean_ms, tuple(growth), max_delay_ms).busy / REQUESTS
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def _bulk(
-    rate: float, shape: tuple[float, ...], mean_ms: float, growth: tuple[float, ...], max_delay_ms: float
+    rate: float,
+    shape: tuple[float, ...],
+    mean_ms: float,
+    growth: tuple[float, ...],
+    max_delay_ms: float,
+    requests: int = REQUESTS,
 ) -> Bulk:
-    unit_arrivals, draws = _common()
+    unit_arrivals, draws = _common(requests)
     times = [mean_ms * factor for factor in growth]
     return serve(unit_arrivals * (1000 / rate), times, _spread(shape, draws), max_delay_ms)
 

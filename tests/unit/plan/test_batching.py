@@ -31,7 +31,7 @@ curves = st.lists(st.floats(1, 60), min_size=1, max_size=3).map(_curve)
 
 
 @given(curves, st.floats(1, 400), st.sampled_from([50.0, 90.0]), st.floats(2, 400))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_choice_keeps_the_promise_whenever_any_batch_does(
     curve: Curve, rate: float, percentile: float, bound_ms: float
 ) -> None:
