@@ -15,8 +15,9 @@ from corun import registry
 from corun.errors import guard
 from corun.launch.arguments import spread
 from corun.plan.asked import Asked, make_cast, make_question, resolve_device, trainer_threads
+from corun.plan.batching import LARGEST
 from corun.plan.cells import Setup
-from corun.plan.question import Question
+from corun.plan.question import Question, parse_batch
 from corun.plan.session import Options, Programs, describe, run
 from corun.plan.table import as_json, show
 from corun.process import StopSignal
@@ -49,7 +50,8 @@ def main(
     image_size: Annotated[int | None, typer.Option(min=1, help="of the services; default: each model's own")] = None,
     train_data: Annotated[str, typer.Option(help="data set of the training job")] = "digits",
     train_image_size: Annotated[int | None, typer.Option(min=1, help="default: the model's own")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="largest batch of a service")] = 1,
+    max_batch: Annotated[str, typer.Option(help="largest batch of a service; auto = chosen for each")] = "1",
+    largest_batch: Annotated[int, typer.Option(min=1, help="of the batches measured and of auto's choice")] = LARGEST,
     memory_margin: Annotated[float, typer.Option(min=0, help="share added to measured memory")] = 0.1,
     longest: Annotated[
         float, typer.Option("--validate-seconds", min=1, help="longest window of a validation")
@@ -70,11 +72,13 @@ def main(
     with guard():
         resolved = resolve_device(device)
         beside = trainer_threads(threads_train, threads)
-        given = Asked(services, train, rate, slo, policies or [], maximize, copies, memory_margin, (data, train_data))
+        sets = (data, train_data)
+        given = Asked(services, train, rate, slo, policies or [], maximize, copies, memory_margin, sets, max_batch)
         cast = make_cast(len(services), threads, beside, resolved)
         question = make_question(given, registry.models(), cast, Host())
-        setup = Setup(resolved, threads, beside, seconds, data, image_size, train_data, train_image_size, max_batch)
-        options = Options(out or result_root(), looks, fresh, validate, longest)
+        bound = parse_batch(max_batch)
+        setup = Setup(resolved, threads, beside, seconds, data, image_size, train_data, train_image_size, bound or 1)
+        options = Options(out or result_root(), looks, fresh, validate, longest, bound is None, largest_batch)
         if dry_run:
             print("\n".join(describe(question, setup, options)))
         else:
@@ -82,6 +86,7 @@ def main(
 
 
 def _run(question: Question, setup: Setup, options: Options, json_: bool) -> int:
+    from corun.launch import batches
     from corun.launch.calibrate import free_port
     from corun.launch.experiment import run_pair
     from corun.launch.stage import Stages
@@ -101,7 +106,8 @@ def _run(question: Question, setup: Setup, options: Options, json_: bool) -> int
         def say(line: str) -> None:
             console.print(f"{time.strftime('%H:%M:%S')} {escape(line)}", style="dim", highlight=False)
 
-        outcome = run(question, setup, options, Programs(Stages, measure, free_port, say, lambda: stop.requested))
+        programs = Programs(Stages, measure, free_port, say, lambda: stop.requested, batches.measure)
+        outcome = run(question, setup, options, programs)
     if json_:
         print(json.dumps(as_json(question, outcome.results, outcome.best, outcome.planner)), flush=True)
     show(console, question, outcome.results, outcome.best, outcome.planner, outcome.interrupted)

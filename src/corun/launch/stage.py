@@ -50,7 +50,7 @@ ANSWER_S: Final = 30.0
 WARM_REQUESTS: Final = 10
 WARM_S: Final = 2.0
 TRIES: Final = 2
-PICKED, SENT = STAMPS.index("picked"), STAMPS.index("tx")
+PICKED, BATCHED, SENT = STAMPS.index("picked"), STAMPS.index("batched"), STAMPS.index("tx")
 
 
 Spec = Mapping[str, Any] | str
@@ -58,12 +58,15 @@ Spec = Mapping[str, Any] | str
 
 @dataclass(frozen=True)
 class Served:
-    """One service in one window. sojourns_ms: intended send until reply, inf = none. services_ms: of answered ones."""
+    """One service in one window. sojourns_ms: intended send until reply, inf = none. services_ms: of answered ones,
+    without the time that a batch was held for; batches: how many were in the batch of each of those.
+    """
 
     name: str
     rate: float
     sojourns_ms: tuple[float, ...]
     services_ms: tuple[float, ...]
+    batches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -247,8 +250,8 @@ class Stage:
         if trains and self._trainer:
             playing.append(self._trainer)
         start_ns, stop_ns, foreign = self._run(playing, rows, arm, repeat, self._seconds)
-        rates = {one.label: one.rate * factor for one in self._pair.services}
-        served = tuple(self._served(name, rates[name]) for name in services)
+        asked = {one.label: _at(one, factor) for one in self._pair.services}
+        served = tuple(self._served(asked[name]) for name in services)
         speed = self._speed(start_ns, stop_ns) if trains and self._trainer else None
         return Observation(served, speed, self._memory(playing), foreign)
 
@@ -280,7 +283,8 @@ class Stage:
         self._family.require_alive()
         return start_ns, stop_ns, foreign_cores(before, after)
 
-    def _served(self, name: str, rate: float) -> Served:
+    def _served(self, asked: Service) -> Served:
+        name, rate = asked.label, asked.rate
         ring = self._out / "infer_client" / f"{name}.{self._number}.ring"
         if not ring.exists():
             return Served(name, rate, (), ())
@@ -289,8 +293,9 @@ class Stage:
         answered = records["status"] == Status.OK
         sojourn = np.where(answered, (records["t_rx"] - records["t_intended"]) / NS_PER_MS, np.inf)
         stamps = records["stamps"][answered]
-        service = (stamps[:, SENT] - stamps[:, PICKED]) / NS_PER_MS
-        return Served(name, rate, tuple(sojourn.tolist()), tuple(service.tolist()))
+        service = (stamps[:, SENT] - stamps[:, BATCHED if asked.max_delay_ms else PICKED]) / NS_PER_MS
+        batches = tuple(records["batch"][answered].tolist())
+        return Served(name, rate, tuple(sojourn.tolist()), tuple(service.tolist()), batches)
 
     def _speed(self, start_ns: int, stop_ns: int) -> float:
         """Training samples/s inside the window; a step across its border counts by the part inside."""

@@ -5,4 +5,5 @@ interference  slowdown beside others             tail           percentiles of a
 estimate      both, with their uncertainty       memory         what fits at all
 sequential    when a measurement may stop        search         bisection
 planner       profile -> fit -> search           table          the answer for people and programs
+bulk          a queue served in batches          batching       which batch bound a service gets
 """

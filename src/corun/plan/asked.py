@@ -11,7 +11,17 @@ from corun.errors import suggest
 from corun.plan.measured import Profile, fingerprint
 from corun.plan.memory import Limits
 from corun.plan.planner import Machine
-from corun.plan.question import GOALS, Goal, Problems, Question, make_candidates, parse_job, parse_slo, split_words
+from corun.plan.question import (
+    GOALS,
+    Goal,
+    Problems,
+    Question,
+    make_candidates,
+    parse_batch,
+    parse_job,
+    parse_slo,
+    split_words,
+)
 from corun.process import available_cores
 from corun.profile.footprint import available_mib, gpu_memory
 from corun.registry import Model, resolve_data
@@ -40,6 +50,7 @@ class Asked:
     copies: int = 1
     memory_margin: float = 0.1
     data: Sequence[str] = ()
+    max_batch: str = "1"
 
 
 def resolve_device(name: str) -> str:
@@ -58,6 +69,7 @@ def make_question(asked: Asked, models: Mapping[str, Model], cast: Cast, host: H
     trainable = [name for name, model in models.items() if model.train]
     job = problems.attempt(parse_job, asked.train, trainable)
     slo = problems.attempt(parse_slo, asked.slo)
+    problems.attempt(parse_batch, asked.max_batch)
     names = split_words(asked.services)
     for name in dict.fromkeys(names):
         if name not in models:

@@ -84,6 +84,7 @@ def _service(one: Candidate, setup: Setup) -> dict[str, Any]:
         "data": setup.data,
         "image_size": setup.image_size,
         "threads": setup.threads,
-        "max_batch": setup.max_batch,
+        "max_batch": one.max_batch if one.max_batch > 1 else setup.max_batch,
+        "max_delay_ms": one.max_delay_ms,
         "device": setup.device,
     }

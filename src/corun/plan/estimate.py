@@ -3,6 +3,7 @@
     alone       service times of each model, mean and shape, and what the way to the server and back adds
     beside      slowdown of the mean by corun.plan.interference, shape from the windows beside the trainer
     tail        corun.plan.tail on mean * (1 + kappa (slowdown - 1)); kappa fitted on the measured percentiles
+    batches     of a kind served in batches a time counts over the curve's at its size: S(n) = mean * growth(n)
 
 Uncertainty is the model's own record: r = log(measured / predicted percentile) of every service in every window of the
 policy. With a prior of NU0 windows of spread SIGMA0 (few windows must not look certain),
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
@@ -26,9 +27,9 @@ from numpy.typing import NDArray
 from scipy import special
 
 from corun.plan.interference import Interference, Observed, Running, Slowed, fit
-from corun.plan.measured import Condition, Sample, Window
-from corun.plan.question import Candidate, Slo
-from corun.plan.tail import sojourn_percentile
+from corun.plan.measured import Condition, Curve, Sample, Window
+from corun.plan.question import Candidate, Kind, Slo
+from corun.plan.tail import busy_ms, sojourn_percentile
 
 NU0: Final = 3.0
 SIGMA0: Final = 0.25
@@ -39,11 +40,28 @@ LEVEL: Final = 0.90
 
 @dataclass(frozen=True)
 class Base:
-    """A model alone: mean service time, service times over that mean (n,), and the sojourn's rest."""
+    """A model alone: mean service time, service times over that mean (n,), and the sojourn's rest.
+
+    growth: time of a batch of 1 .. B over that of one; mean_ms is that of one then. max_delay_ms: how long it is held.
+    """
 
     mean_ms: float
     shape: tuple[float, ...]
     overhead_ms: float
+    growth: tuple[float, ...] = (1.0,)
+    max_delay_ms: float = 0.0
+
+    def busy_ms(self, rate: float) -> float:
+        """What a request keeps the server busy for, at a rate."""
+        return busy_ms(rate, self.shape, self.mean_ms, self.growth, self.max_delay_ms)
+
+    def singles_ms(self, sample: Sample) -> NDArray[np.float64]:
+        """Service times as if every request had come alone: each over the growth at the size of its batch."""
+        times = np.asarray(sample.services_ms, dtype=np.float64)
+        if len(self.growth) == 1 or len(sample.batches) != times.size:
+            return times
+        sizes = np.clip(np.asarray(sample.batches, dtype=np.intp), 1, len(self.growth))
+        return np.asarray(times / np.asarray(self.growth)[sizes - 1])
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class Estimate:
         return self.interference.training_ratio(self.running(candidates))
 
     def running(self, candidates: Sequence[Candidate]) -> list[Running]:
-        return [Running(one.model, one.rate, self.bases[one.model].mean_ms) for one in candidates]
+        return [Running(one.kind, one.rate, self.bases[one.kind].busy_ms(one.rate)) for one in candidates]
 
     def _points(self, running: Sequence[Running], percentile: float) -> list[float]:
         slow = self.interference.slowdowns(running)
@@ -98,7 +116,9 @@ class Estimate:
         base = self.bases[one.model]
         mean_ms = base.mean_ms * (1 + self.kappa * (slowdown - 1))
         shape = self.beside.get(one.model, base.shape)
-        return sojourn_percentile(one.rate, shape, mean_ms, base.overhead_ms, percentile)
+        return sojourn_percentile(
+            one.rate, shape, mean_ms, base.overhead_ms, percentile, base.growth, base.max_delay_ms
+        )
 
     def _tail(self, name: str, slo: Slo, point_ms: float) -> Tail:
         if not math.isfinite(point_ms):
@@ -112,7 +132,8 @@ class Estimate:
 class Evidence:
     """Windows that an estimate is made from: services alone, and everything beside the trainer under one policy.
 
-    job "" = nobody trains: the windows with several services are then `together`'s.
+    job "" = nobody trains: the windows with several services are then `together`'s. curves: by model, of those served in
+    batches.
     """
 
     slo: Slo
@@ -121,13 +142,24 @@ class Evidence:
     alone: tuple[Window, ...]
     together: tuple[Window, ...]
     train_samples_per_s: float | None = None
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
     @cached_property
     def bases(self) -> dict[str, Base]:
         models = sorted({sample.model for window in self.alone for sample in window.samples})
         return {
-            model: _base([sample for sample in _samples(self.alone) if sample.model == model]) for model in models
+            model: _base([sample for sample in _samples(self.alone) if sample.model == model], *self._growth(model))
+            for model in models
         }
+
+    def _growth(self, kind: str) -> tuple[tuple[float, ...], float]:
+        """How the time of a batch grows with its size, and how long it is held."""
+        served = Kind.parse(kind)
+        curve = self.curves.get(served.model)
+        if served.max_batch == 1 or curve is None:
+            return (1.0,), 0.0
+        times = curve.times_ms(served.max_batch)
+        return tuple(time / times[0] for time in times), served.max_delay_ms
 
     def estimate(self) -> Estimate:
         """Fit everything."""
@@ -140,20 +172,21 @@ class Evidence:
         return Estimate(self.slo, self.bases, plain.beside, model, kappa, spread, freedom)
 
     def _running(self, window: Window) -> tuple[Running, ...]:
-        return tuple(Running(one.model, one.rate, self.bases[one.model].mean_ms) for one in window.samples)
+        return tuple(Running(one.model, one.rate, self.bases[one.model].busy_ms(one.rate)) for one in window.samples)
 
     def _observed(self, windows: Iterable[Window]) -> list[Observed]:
         found = []
         for window in windows:
             running = self._running(window)
-            means = [
-                _mean(one.services_ms, base.service_ms) for one, base in zip(window.samples, running, strict=True)
+            shares = [
+                _mean(_shares_ms(one), other.service_ms) for one, other in zip(window.samples, running, strict=True)
             ]
-            busy = tuple(min(1.0, one.rate * ms / 1000) for one, ms in zip(running, means, strict=True))
-            for index, (one, ms) in enumerate(zip(running, means, strict=True)):
-                count = len(window.samples[index].services_ms)
+            busy = tuple(min(1.0, one.rate * ms / 1000) for one, ms in zip(running, shares, strict=True))
+            for index, sample in enumerate(window.samples):
+                base, count = self.bases[sample.model], len(sample.services_ms)
                 if count:
-                    found.append(Observed(running, index, max(1.0, ms / one.service_ms), busy, count))
+                    slowdown = float(base.singles_ms(sample).mean()) / base.mean_ms
+                    found.append(Observed(running, index, max(1.0, slowdown), busy, count))
         return found
 
     def _slowed(self, windows: Iterable[Window]) -> list[Slowed]:
@@ -173,7 +206,7 @@ class Evidence:
         for window in sorted(windows, key=lambda window: len(window.samples), reverse=True):
             for sample in window.samples:
                 if len(sample.services_ms) >= 10:
-                    found[sample.model] = _shape(sample.services_ms)
+                    found[sample.model] = _shape(self.bases[sample.model].singles_ms(sample))
         return found
 
     def _stretch(self, plain: Estimate, windows: Sequence[Window]) -> tuple[float, NDArray[np.float64]]:
@@ -198,31 +231,37 @@ class Evidence:
 
 def alone_condition(candidate: Candidate) -> Condition:
     """The service by itself."""
-    return Condition(((candidate.model, candidate.rate),))
+    return Condition(((candidate.kind, candidate.rate),))
 
 
 def _samples(windows: Iterable[Window]) -> list[Sample]:
     return [sample for window in windows for sample in window.samples]
 
 
-def _base(samples: Sequence[Sample]) -> Base:
-    services = np.concatenate([np.asarray(sample.services_ms) for sample in samples])
+def _base(samples: Sequence[Sample], growth: tuple[float, ...], max_delay_ms: float) -> Base:
+    unit = Base(1.0, (1.0,), 0.0, growth, max_delay_ms)
+    services = np.concatenate([unit.singles_ms(sample) for sample in samples])
     mean_ms = float(services.mean())
     shape = tuple((services / mean_ms).tolist())
     lowest = min(samples, key=lambda sample: sample.rate)
-    plain = sojourn_percentile(lowest.rate, shape, mean_ms, 0.0, 50)
+    plain = sojourn_percentile(lowest.rate, shape, mean_ms, 0.0, 50, growth, max_delay_ms)
     median = float(np.median(lowest.sojourns_ms))
     overhead = median - plain if math.isfinite(median) and math.isfinite(plain) else 0.0
-    return Base(mean_ms, shape, max(0.0, overhead))
+    return Base(mean_ms, shape, max(0.0, overhead), growth, max_delay_ms)
 
 
-def _shape(times: Sequence[float]) -> tuple[float, ...]:
-    values = np.asarray(times, dtype=np.float64)
-    return tuple((values / values.mean()).tolist())
+def _shape(times: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple((times / times.mean()).tolist())
 
 
-def _mean(values: Sequence[float], otherwise: float) -> float:
-    return float(np.mean(values)) if len(values) else otherwise
+def _shares_ms(sample: Sample) -> NDArray[np.float64]:
+    """Each request's part of the time of its batch."""
+    times = np.asarray(sample.services_ms, dtype=np.float64)
+    return times / np.asarray(sample.batches) if len(sample.batches) == times.size else times
+
+
+def _mean(values: NDArray[np.float64], otherwise: float) -> float:
+    return float(values.mean()) if values.size else otherwise
 
 
 def percentile_of(sojourns_ms: Sequence[float] | NDArray[np.float64], percentile: float) -> float:

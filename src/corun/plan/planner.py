@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+from corun.plan.batching import Choice
 from corun.plan.estimate import Estimate, Evidence, Tail, alone_condition, percentile_of
 from corun.plan.measured import Condition, Memory, Profile, Window, sojourns
 from corun.plan.memory import Limits, Need, need, peaks
@@ -93,9 +94,10 @@ class Answer:
 
 @dataclass
 class Planner:
-    """Answers one question. measured: windows it asked for; unfit: candidates that cannot run at all, and why.
+    """Answers one question. measured: windows it asked for; unfit: kinds that cannot run at all, and why.
 
     looks: windows one set may take. budget: windows the search may measure; after that the model alone decides.
+    choices: by candidate, why it is served in the batches it is.
     """
 
     question: Question
@@ -107,6 +109,7 @@ class Planner:
     budget: float = math.inf
     measured: int = 0
     unfit: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
     _refuted: dict[str, list[frozenset[str]]] = field(default_factory=dict)
     _used: set[tuple[Condition, int]] = field(default_factory=set)
 
@@ -138,11 +141,11 @@ class Planner:
             window = self.window(alone_condition(candidate), 0)
             answered = any(sample.services_ms for sample in window.samples)
             if window.fault or not answered:
-                self.unfit[candidate.model] = window.fault or f"no request was answered in {window.seconds:g} s"
+                self.unfit[candidate.kind] = window.fault or f"no request was answered in {window.seconds:g} s"
                 continue
             high = self._high_rate(candidate, window)
             if high:
-                self.window(Condition(((candidate.model, high),)), 0)
+                self.window(Condition(((candidate.kind, high),)), 0)
 
     def conditions(self) -> list[Condition]:
         """What the profile measures first, whatever comes out; rates of high load are found on the way."""
@@ -163,7 +166,7 @@ class Planner:
             self.window(Condition((), self.question.job.label, policy), 0)
             for candidate in able:
                 if self.window(self._condition((candidate,), policy), 0).fault:
-                    self.say(f"{candidate.model} does not run beside {self.question.job.label} under {policy}")
+                    self.say(f"{candidate.kind} does not run beside {self.question.job.label} under {policy}")
         if len(able) > 1 and self._need(able).fits and self._strangers(policy, able):
             self.window(self._condition(able, policy), 0)
 
@@ -174,11 +177,12 @@ class Planner:
         met = [
             one.loads for one in seen if (one.job, one.policy) == (wanted.job, wanted.policy) and len(one.loads) > 1
         ]
-        return {one.model for one in able} - {model for loads in met for model, _ in loads}
+        return {one.kind for one in able} - {kind for loads in met for kind, _ in loads}
 
     def _high_rate(self, candidate: Candidate, window: Window) -> float | None:
         (sample,) = window.samples
-        mean_ms = sum(sample.services_ms) / max(1, len(sample.services_ms))
+        shares = zip(sample.services_ms, sample.batches or [1] * len(sample.services_ms), strict=True)
+        mean_ms = sum(ms / size for ms, size in shares) / max(1, len(sample.services_ms))
         rates = [candidate.rate * factor for factor in self.machine.ladder if factor > 1]
         return max((rate for rate in rates if rate * mean_ms / 1000 <= HIGH_LOAD), default=None)
 
@@ -223,7 +227,8 @@ class Planner:
         speed = next((window.samples_per_s for window in trained if window), None)
         self._used.update((window.condition, window.repeat) for window in (*alone, *together))
         threads = self.machine.threads if job else 0
-        return Evidence(self.question.slo, self.machine.cores, threads, tuple(alone), tuple(together), speed)
+        parts = (self.question.slo, self.machine.cores, threads, tuple(alone), tuple(together), speed)
+        return Evidence(*parts, self.profile.curves)
 
     def estimate(self, policy: str) -> Estimate:
         """The model of a policy from everything measured so far."""
@@ -261,7 +266,7 @@ class Planner:
         return self._implied(policy, chosen)
 
     def _implied(self, policy: str, chosen: Set) -> Finding | None:
-        mine = Condition(tuple((one.model, one.rate) for one in chosen)).loads
+        mine = Condition(tuple((one.kind, one.rate) for one in chosen)).loads
         wanted = self._condition(chosen, policy)
         for window in self.profile.windows():
             other = window.condition
@@ -290,12 +295,12 @@ class Planner:
         faults = [window.fault for window in windows if window.fault]
         if faults:
             return Finding("misses", "memory", 0.0, faults[0])
-        models = [one.model for one in chosen]
-        word = self._word(windows, models)
+        kinds = [one.kind for one in chosen]
+        word = self._word(windows, kinds)
         slo = self.question.slo
-        worst = max((percentile_of(sojourns(windows, model), slo.percentile) for model in models), default=0.0)
+        worst = max((percentile_of(sojourns(windows, kind), slo.percentile) for kind in kinds), default=0.0)
         kept = {"meets": 1.0, "misses": 0.0, "undecided": 0.75 if worst <= slo.bound_ms else 0.25}[word]
-        requests = min((len(sojourns(windows, model)) for model in models), default=0)
+        requests = min((len(sojourns(windows, kind)) for kind in kinds), default=0)
         counted = f"{len(windows)} window{'s' * (len(windows) > 1)}, {requests} requests a service"
         return Finding(word, "measured", kept, f"worst {slo.name} {worst:.4g} ms in {counted}")
 
@@ -309,19 +314,19 @@ class Planner:
     # Sets
 
     def _able(self) -> list[Candidate]:
-        return [candidate for candidate in self.question.candidates if candidate.model not in self.unfit]
+        return [candidate for candidate in self.question.candidates if candidate.kind not in self.unfit]
 
     def _distinct(self) -> list[Candidate]:
-        """One candidate of each model and rate that can run."""
-        return list({(one.model, one.rate): one for one in reversed(self._able())}.values())[::-1]
+        """One candidate of each kind and rate that can run."""
+        return list({(one.kind, one.rate): one for one in reversed(self._able())}.values())[::-1]
 
     def _condition(self, chosen: Iterable[Candidate], policy: str) -> Condition:
         job = self.question.job.label if self.question.job else ""
-        return Condition(tuple((one.model, one.rate) for one in chosen), job, policy)
+        return Condition(tuple((one.kind, one.rate) for one in chosen), job, policy)
 
     def _need(self, chosen: Sequence[Candidate]) -> Need:
         seen = peaks(self.profile.windows())
-        parts = [seen.get(f"server {one.model}", Memory()) for one in chosen]
+        parts = [seen.get(f"server {one.kind}", Memory()) for one in chosen]
         if self.question.job:
             parts.append(seen.get(f"trainer {self.question.job.label}", Memory()))
         return need(parts, self.machine.limits, self.question.memory_margin)
@@ -435,7 +440,7 @@ def best(answers: Sequence[Answer], question: Question) -> Answer | None:
 
 
 def _at(candidate: Candidate, factor: float) -> Candidate:
-    return Candidate(candidate.name, candidate.model, candidate.rate * factor)
+    return replace(candidate, rate=candidate.rate * factor)
 
 
 def _within(small: Sequence[tuple[str, float]], large: Sequence[tuple[str, float]]) -> bool:

@@ -20,6 +20,8 @@ PERCENTILES: Final = (50.0, 90.0, 95.0, 99.0)
 
 _SLO = re.compile(r"p(\d+(?:\.\d+)?)\s*(?:<=|=|:)\s*(\d+(?:\.\d+)?)\s*(ms|s)?")
 _MS: Final = {"ms": 1.0, "s": 1000.0, None: 1.0}
+_KIND: Final = re.compile(r"(.+)\[(\d+)(?:, (\S+) ms)?\]")
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,46 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A model as it is served: `resnet18`, or in batches of up to 8 held up to 2.5 ms, `resnet18[8, 2.5 ms]`.
+
+    Windows of different kinds are kept apart. max_batch 1 is the model by its plain name, served as the set-up says.
+    """
+
+    model: str
+    max_batch: int = 1
+    max_delay_ms: float = 0.0
+
+    def __str__(self) -> str:
+        if self.max_batch == 1:
+            return self.model
+        held = f", {self.max_delay_ms:g} ms" if self.max_delay_ms else ""
+        return f"{self.model}[{self.max_batch}{held}]"
+
+    @classmethod
+    def parse(cls, text: str) -> Kind:
+        """What `str` wrote."""
+        found = _KIND.fullmatch(text)
+        return cls(found[1], int(found[2]), float(found[3] or 0)) if found else cls(text)
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One service that should fit; `name` tells copies of one model apart, `rate` is in requests/s."""
+    """One service that should fit; `name` tells copies of one model apart, `rate` is in requests/s.
+
+    max_batch, max_delay_ms: chosen for this service; 1 = nothing was chosen, or serving one by one was.
+    """
 
     name: str
     model: str
     rate: float
+    max_batch: int = 1
+    max_delay_ms: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """What its windows are kept under."""
+        return str(Kind(self.model, self.max_batch, self.max_delay_ms))
 
 
 @dataclass(frozen=True)
@@ -105,6 +141,15 @@ def parse_job(text: str, known: Collection[str]) -> Job | None:
         return Job(model, int(batch))
     wanted = model if batch.isdecimal() and model else text
     raise InputError(f'--train "{text}" is no model with a batch size, such as resnet50_16{suggest(wanted, known)}')
+
+
+def parse_batch(text: str) -> int | None:
+    """`8`, or None for `auto`; InputError says what may stand there."""
+    if text.strip().lower() == AUTO:
+        return None
+    if text.strip().isdecimal() and int(text) > 0:
+        return int(text)
+    raise InputError(f'--max-batch "{text}" is neither a number of 1 or more nor {AUTO}')
 
 
 def split_words(words: Sequence[str]) -> list[str]:

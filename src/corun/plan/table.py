@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from corun.plan.batching import Choice, Option
+from corun.plan.measured import Curve
 from corun.plan.planner import Answer, Planner
-from corun.plan.question import Question
+from corun.plan.question import Candidate, Question
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,16 @@ def show(
     table = Table(title=f"{job} + services, {slo} each", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("policy", "service"):
         table.add_column(name, overflow="fold")
-    for name in ("rate /s", "can take", f"predicted {slo.name} ms", "validated", "training x", "MiB"):
+    numbers = ("batch", "rate /s") if planner.choices else ("rate /s",)
+    for name in (*numbers, "can take", f"predicted {slo.name} ms", "validated", "training x", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        _rows(table, result)
+        _rows(table, result, bool(planner.choices))
         table.add_section()
     console.print(table)
     for result in results:
         _notes(console, result, planner)
+    _curves(console, question, planner)
     measured = f"{planner.measured} windows measured, {planner.reused} reused"
     where = f" in {planner.profile.path}" if planner.profile.path else ""
     console.print(f"{measured}{where}", highlight=False, soft_wrap=True)
@@ -80,21 +84,23 @@ def show(
         console.print("[bold]nothing fits[/] under any of these policies", highlight=False)
 
 
-def _rows(table: Table, result: Result) -> None:
+def _rows(table: Table, result: Result, batched: bool) -> None:
     answer, validated = result.answer, result.validated
     need = f"{answer.need.host_mib:.0f}" + (f" + GPU {answer.need.gpu_mib:.0f}" if answer.need.gpu_mib else "")
     speed = _ratio(answer.training) + (f" / {_ratio(validated.training)}" if validated else "")
     if not answer.places:
-        table.add_row(answer.policy, "none fits", "", "", "", "", "", "")
+        table.add_row(answer.policy, "none fits")
     for index, place in enumerate(answer.places):
         tail, name = place.tail, place.candidate.name
         shown = f"{_ms(tail.predicted_ms)} [{_ms(tail.low_ms)}, {_ms(tail.high_ms)}]"
         found = f"{_ms(validated.measured_ms.get(name))} {validated.words.get(name, '')}".strip() if validated else ""
         cells = (place.candidate.rate, place.can_take)
+        batch = [_batch(place.candidate)] if batched else []
         first = index == 0
         table.add_row(
             answer.policy if first else "",
             escape(name),
+            *batch,
             *(f"{cell:.3g}" for cell in cells),
             escape(shown),
             found,
@@ -120,6 +126,29 @@ def _notes(console: Console, result: Result, planner: Planner) -> None:
         console.print(escape(f"  validation {validated.status}: {validated.reason}"), highlight=False, soft_wrap=True)
 
 
+def _curves(console: Console, question: Question, planner: Planner) -> None:
+    """Each model's curve on a line, and for each of its services why it gets the batches it gets."""
+    for model in dict.fromkeys(one.model for one in question.candidates):
+        curve = planner.profile.curves.get(model)
+        if curve is None:
+            continue
+        points = "  ".join(f"{one.size}: {_ms(one.ms)} ms {one.per_s:.3g}/s" for one in curve.points)
+        console.print(escape(f"{model} alone in batches of {points}"), highlight=False, soft_wrap=True)
+        whys = [planner.choices[one.name].why for one in question.candidates if _chosen_for(one, model, planner)]
+        for why in dict.fromkeys(whys):
+            console.print(escape(f"  {why}"), highlight=False, soft_wrap=True)
+
+
+def _chosen_for(candidate: Candidate, model: str, planner: Planner) -> bool:
+    return candidate.model == model and candidate.name in planner.choices
+
+
+def _batch(candidate: Candidate) -> str:
+    """`8`, or held for a time `8, 2.5 ms`."""
+    held = f", {candidate.max_delay_ms:g} ms" if candidate.max_delay_ms else ""
+    return f"{candidate.max_batch}{held}"
+
+
 def as_json(question: Question, results: Sequence[Result], best: Answer | None, planner: Planner) -> dict[str, Any]:
     """Everything the table says; infinite values are null."""
     return {
@@ -128,6 +157,12 @@ def as_json(question: Question, results: Sequence[Result], best: Answer | None, 
         "maximize": question.goal,
         "policies": {result.answer.policy: _plan(result, planner) for result in results},
         "best": best.policy if best else None,
+        "curves": {
+            model: _curve(planner.profile.curves[model])
+            for model in dict.fromkeys(one.model for one in question.candidates)
+            if model in planner.profile.curves
+        },
+        "batches": {name: _choice(choice) for name, choice in planner.choices.items()},
         "windows": {"measured": planner.measured, "reused": planner.reused},
         "profile": str(planner.profile.path) if planner.profile.path else None,
     }
@@ -144,6 +179,8 @@ def _plan(result: Result, planner: Planner) -> dict[str, Any]:
             "predicted_ms": _number(place.tail.predicted_ms),
             "interval_ms": [_number(place.tail.low_ms), _number(place.tail.high_ms)],
             "kept": round(place.tail.kept, 4),
+            "batch": _taken(place.candidate, planner),
+            "curve": _short(planner.profile.curves.get(place.candidate.model)),
             "validated_ms": validated.measured_ms.get(place.candidate.name) if validated else None,
             "validated": validated.words.get(place.candidate.name) if validated else None,
         }
@@ -168,6 +205,59 @@ def _plan(result: Result, planner: Planner) -> dict[str, Any]:
         }
         if validated
         else None,
+    }
+
+
+def _taken(candidate: Candidate, planner: Planner) -> dict[str, Any] | None:
+    """The batches chosen for a service; None where nothing was chosen."""
+    choice = planner.choices.get(candidate.name)
+    if choice is None:
+        return None
+    return {key: value for key, value in _choice(choice).items() if key != "options"}
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    return {
+        **_option(choice.option),
+        "keeps": choice.keeps,
+        "why": choice.why,
+        "options": [_option(one) for one in choice.options],
+    }
+
+
+def _option(option: Option) -> dict[str, Any]:
+    return {
+        "max_batch": option.max_batch,
+        "max_delay_ms": option.max_delay_ms,
+        "predicted_alone_ms": _number(option.predicted_ms),
+        "capacity": round(option.capacity, 3),
+    }
+
+
+def _short(curve: Curve | None) -> list[dict[str, Any]]:
+    points = curve.points if curve else ()
+    return [{"batch": one.size, "ms": round(one.ms, 4), "requests_s": round(one.per_s, 3)} for one in points]
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    points = [
+        {
+            **short,
+            "interval_ms": [_number(bound) for bound in one.interval_ms] if one.interval_ms else None,
+            "batches": len(one.times_ms),
+            "private_mib": round(one.memory.private_mib, 1),
+            "shared_mib": round(one.memory.shared_mib, 1),
+            "gpu_mib": round(one.memory.gpu_mib, 1),
+            "rss_mib": one.rss_mib and round(one.rss_mib, 1),
+            "pss_mib": one.pss_mib and round(one.pss_mib, 1),
+        }
+        for short, one in zip(_short(curve), curve.points, strict=True)
+    ]
+    return {
+        "asked": list(curve.asked),
+        "overhead_ms": round(curve.overhead_ms, 4),
+        "foreign_cores": round(curve.foreign_cores, 3),
+        "points": points,
     }
 
 

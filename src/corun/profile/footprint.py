@@ -48,6 +48,22 @@ def footprint(pid: int, on_gpu: bool = False, root: Path = Path("/")) -> Footpri
     return Footprint(private / KIB_PER_MIB, shared / KIB_PER_MIB, _gpu_mib(family) if on_gpu else 0.0)
 
 
+def resident_mib(pid: int, root: Path = Path("/")) -> tuple[float | None, float | None]:
+    """What a process with its descendants holds in memory now: (RSS, PSS), None where the kernel does not say.
+
+    PSS (smaps_rollup) divides shared pages among those who map them, so that it adds up over processes.
+    """
+    family = _family(pid, root)
+    whole = [_kib(_read(root / f"proc/{member}/status")).get("VmRSS") for member in family]
+    shared_out = [_kib(_read(root / f"proc/{member}/smaps_rollup")).get("Pss") for member in family]
+    return _total_mib(whole), _total_mib(shared_out)
+
+
+def _total_mib(parts_kib: list[int | None]) -> float | None:
+    known = [part for part in parts_kib if part is not None]
+    return sum(known) / KIB_PER_MIB if known else None
+
+
 def available_mib(root: Path = Path("/")) -> float:
     """What new processes can have: MemAvailable, or what the cgroup's limit leaves if that is less."""
     memory = _kib(_read(root / "proc/meminfo"))

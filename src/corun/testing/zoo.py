@@ -2,6 +2,8 @@
 
 Service times are log-normal around a mean that grows with the others' load in a way the planner has to find out; the
 queue is real (Lindley), the arrivals Poisson, and memory is a table. A set that needs more than there is dies.
+
+A kind in batches, `a[8]`, takes 1 + growth (n - 1) times as long for n requests as for one.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
+from corun.plan.bulk import serve
 from corun.plan.interference import Interference, Running
-from corun.plan.measured import Condition, Memory, Sample, Window
+from corun.plan.measured import Condition, Curve, Memory, Point, Sample, Window
+from corun.plan.question import Kind
 from corun.stats.queues import sojourn_times
 
 SHARED_MIB = 300.0
+BATCHES = 12
 
 
 @dataclass
@@ -36,6 +42,7 @@ class Zoo:
     private_mib: Mapping[str, float] = field(default_factory=dict)
     limit_mib: float = float("inf")
     seed: int = 0
+    growth: float = 1.0
     asked: list[tuple[Condition, int]] = field(default_factory=list)
     _made: dict[tuple[Condition, int], Window] = field(default_factory=dict, init=False, repr=False)
 
@@ -54,7 +61,7 @@ class Zoo:
         memory = self._memory(condition)
         if sum(part.private_mib for part in memory.values()) + SHARED_MIB > self.limit_mib:
             return Window(condition, repeat, self.seconds, fault="server was killed by SIGKILL")
-        running = [Running(model, rate, self.service_ms[model]) for model, rate in condition.loads]
+        running = [Running(kind, rate, self._full_ms(Kind.parse(kind))) for kind, rate in condition.loads]
         slow = self._slowdowns(condition, running)
         samples = tuple(
             self._sample(one, factor, condition, repeat, index)
@@ -62,6 +69,23 @@ class Zoo:
         )
         ratio = self.truth[condition.policy].training_ratio(running) if condition.job else 1.0
         return Window(condition, repeat, self.seconds, samples, self.speed * ratio if condition.job else None, memory)
+
+    def curve(self, model: str, sizes: Sequence[int]) -> Curve:
+        """What measuring batches of these sizes would show."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(model.encode())])
+        memory = Memory(self.private_mib.get(model, 100.0), SHARED_MIB)
+        points = []
+        for size in sorted(sizes):
+            noise = rng.lognormal(-(self.noise**2) / 2, self.noise, BATCHES)
+            points.append(Point(size, tuple((self._ms(model, size) * noise).tolist()), memory, 400.0, 200.0))
+        return Curve(tuple(sizes), tuple(points), 0.3)
+
+    def _ms(self, model: str, size: int) -> float:
+        return self.service_ms[model] * (1 + self.growth * (size - 1))
+
+    def _full_ms(self, kind: Kind) -> float:
+        """A request's part of a full batch."""
+        return self._ms(kind.model, kind.max_batch) / kind.max_batch
 
     def _slowdowns(self, condition: Condition, running: Sequence[Running]) -> list[float]:
         if condition.job:
@@ -73,13 +97,28 @@ class Zoo:
         rng = np.random.default_rng([self.seed, repeat, index, zlib.crc32(condition.label.encode())])
         arrivals = np.cumsum(rng.exponential(1000 / one.rate, 2 * int(one.rate * self.seconds) + 10))
         arrivals = arrivals[arrivals < 1000 * self.seconds]
-        service = one.service_ms * factor * rng.lognormal(-(self.noise**2) / 2, self.noise, arrivals.size)
+        kind, noise = Kind.parse(one.model), rng.lognormal(-(self.noise**2) / 2, self.noise, arrivals.size)
+        if kind.max_batch > 1:
+            return self._batched(one, kind, factor, arrivals, noise)
+        service = one.service_ms * factor * noise
         sojourn = sojourn_times(arrivals, service) + 0.3
         return Sample(one.model, one.rate, tuple(sojourn.tolist()), tuple(service.tolist()))
 
+    def _batched(
+        self, one: Running, kind: Kind, factor: float, arrivals: NDArray[np.float64], noise: NDArray[np.float64]
+    ) -> Sample:
+        times = [factor * self._ms(kind.model, size) for size in range(1, kind.max_batch + 1)]
+        found = serve(arrivals, times, noise, kind.max_delay_ms)
+        firsts = np.cumsum([0, *found.sizes])[:-1].astype(int)
+        sizes = np.asarray(found.sizes, dtype=int)
+        service = np.repeat(np.asarray(times)[sizes - 1] * noise[firsts], sizes)
+        batches = tuple(np.repeat(sizes, sizes).tolist())
+        return Sample(one.model, one.rate, tuple((found.sojourns + 0.3).tolist()), tuple(service.tolist()), batches)
+
     def _memory(self, condition: Condition) -> dict[str, Memory]:
         found = {
-            f"server {model}": Memory(self.private_mib.get(model, 100.0), SHARED_MIB) for model, _ in condition.loads
+            f"server {kind}": Memory(self.private_mib.get(Kind.parse(kind).model, 100.0), SHARED_MIB)
+            for kind, _ in condition.loads
         }
         if condition.job:
             found[f"trainer {condition.job}"] = Memory(self.private_mib.get("trainer", 100.0), SHARED_MIB)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corun.errors import InputError
 from corun.plan.interference import Interference
-from corun.plan.measured import Condition, Memory, Profile, Sample, Window, fingerprint
+from corun.plan.measured import Condition, Curve, Memory, Point, Profile, Sample, Window, fingerprint
 from corun.plan.memory import Limits
 from corun.plan.planner import Answer, Machine, Planner, best
 from corun.plan.question import Job, Question, Slo, make_candidates
@@ -182,6 +182,59 @@ def test_copies_of_a_model_share_its_profile() -> None:
     ]
 
 
+# Batches
+
+
+def _batched(zoo: Zoo, rate: float, max_batch: int, bound_ms: float, names: str = "abc") -> Planner:
+    """A planner whose services are served in batches; the profile has the models' curves."""
+    profile = Profile()
+    for name in NAMES:
+        profile.add_curve(name, zoo.curve(name, (1, 2, 4, 8)))
+    candidates = [replace(one, max_batch=max_batch) for one in make_candidates(names, rate)]
+    question = Question(JOB, tuple(candidates), Slo(90, bound_ms), ("idle",))
+    return Planner(question, profile, Machine(2, 1, Limits(1e9)), zoo.measure, looks=2)
+
+
+def test_services_in_batches_carry_what_one_by_one_cannot() -> None:
+    """150/s of 9 ms each is too much for one by one; in batches it fits, and `can take` is above one by one's limit."""
+    zoo = _zoo(growth=0.1)
+    single, batched = (_batched(zoo, 150.0, size, 80.0, "c") for size in (1, 8))
+    assert _answers(single)["idle"].places == ()
+    (place,) = _answers(batched)["idle"].places
+    assert place.can_take > max(150.0, 1000 / SERVICE_MS["c"])
+
+
+def test_the_prediction_of_batched_services_is_near_what_is_measured() -> None:
+    """Alone and beside the trainer, at two rates: the predicted percentile within a third of a window's own."""
+    zoo = _zoo(growth=0.2, seconds=60.0)
+    for rate in (20.0, 90.0):
+        planner = _batched(zoo, rate, 8, 80.0)
+        planner.profile_alone()
+        planner.profile_policy("idle")
+        estimate = planner.estimate("idle")
+        for one in planner.question.candidates:
+            window = zoo.window(Condition(((one.kind, rate),), JOB.label, "idle"))
+            truth = np.quantile(window.samples[0].sojourns_ms, 0.9)
+            assert estimate.points([one])[0] == pytest.approx(truth, rel=0.35)
+
+
+def test_windows_of_other_batches_stay_apart() -> None:
+    """One profile answers for one by one and for batches; what was measured of the one is not reused for the other."""
+    zoo = _zoo(growth=0.1)
+    first = _batched(zoo, 20.0, 1, 80.0)
+    _answers(first)
+    second = _batched(zoo, 20.0, 8, 80.0)
+    second.profile = first.profile
+    _answers(second)
+    assert second.measured > 0
+    kinds = {kind for condition, _ in zoo.asked for kind, _ in condition.loads}
+    assert kinds == {"a", "b", "c", "a[8]", "b[8]", "c[8]"}
+    third = _batched(zoo, 20.0, 1, 80.0)
+    third.profile = first.profile
+    assert _answers(third)["idle"].places
+    assert third.measured == 0
+
+
 # What is kept
 
 windows = st.builds(
@@ -201,6 +254,7 @@ windows = st.builds(
             st.just(5.0),
             st.lists(st.sampled_from([1.25, 3.5, float("inf")]), max_size=4).map(tuple),
             st.lists(st.sampled_from([1.25, 3.5]), max_size=4).map(tuple),
+            st.lists(st.integers(1, 8), max_size=4).map(tuple),
         ),
         max_size=2,
     ).map(tuple),
@@ -223,6 +277,53 @@ def test_a_profile_is_read_back_as_it_was_written(
         profile.add(window)
     assert Profile.open(path, {"cpu": "x"}).windows() == profile.windows()
     assert len(Profile.open(path, {"cpu": "x"}, fresh=True)) == 0
+
+
+curves = st.builds(
+    Curve,
+    st.just((1, 2, 4)),
+    st.lists(
+        st.builds(
+            Point,
+            st.integers(1, 8),
+            st.lists(st.sampled_from([1.25, 3.5]), min_size=1, max_size=4).map(tuple),
+            st.just(Memory(1.5, 2.5, 0.0)),
+            st.none() | st.just(12.5),
+            st.none() | st.just(7.5),
+        ),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
+    st.just(0.25),
+    st.just(0.01),
+)
+
+
+@given(st.dictionaries(st.sampled_from("ab"), curves, max_size=2), st.lists(windows, max_size=2))
+@settings(max_examples=25)
+def test_curves_are_kept_beside_the_windows(
+    tmp_path_factory: pytest.TempPathFactory, curves: dict[str, Curve], kept: list[Window]
+) -> None:
+    """Curves survive the file with every time and size; neither they nor the windows replace each other."""
+    path = tmp_path_factory.mktemp("profile") / "p.json"
+    profile = Profile(path, {"cpu": "x"})
+    for model, curve in curves.items():
+        profile.add_curve(model, curve)
+    for window in kept:
+        profile.add(window)
+    if not (curves or kept):
+        return
+    again = Profile.open(path, {"cpu": "x"})
+    assert dict(again.curves) == curves
+    assert again.windows() == profile.windows()
+
+
+def test_a_damaged_curve_says_what_to_do(tmp_path: Path) -> None:
+    """As a damaged window does."""
+    path = tmp_path / "p.json"
+    path.write_text('{"schema": 1, "windows": [], "curves": {"a": {"points": []}}}')
+    with pytest.raises(InputError, match="--fresh"):
+        Profile.open(path, {})
 
 
 def test_a_damaged_profile_says_what_to_do(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from corun.profile.footprint import Footprint, available_mib, footprint
+from corun.profile.footprint import Footprint, available_mib, footprint, resident_mib
 
 
 def _status(root: Path, pid: int, anon: int, file: int, peak: int, children: str = "") -> None:
@@ -33,6 +33,19 @@ def test_loader_workers_count_and_libraries_are_one_copy(tmp_path: Path) -> None
 def test_a_process_that_is_gone_takes_nothing(tmp_path: Path) -> None:
     """No file, no memory."""
     assert footprint(7, root=tmp_path) == Footprint()
+
+
+def test_resident_memory_adds_up_and_is_missing_where_the_kernel_is_silent(tmp_path: Path) -> None:
+    """RSS and PSS of all processes of a family; PSS is None, not 0, without smaps_rollup."""
+    _status(tmp_path, 7, 1024, 2048, 3072, children="8")
+    _status(tmp_path, 8, 1024, 4096, 5120)
+    for pid, rss in ((7, 3072), (8, 5120)):
+        with (tmp_path / f"proc/{pid}/status").open("a") as file:
+            file.write(f"VmRSS:\t{rss} kB\n")
+    assert resident_mib(7, tmp_path) == (8.0, None)
+    (tmp_path / "proc/7/smaps_rollup").write_text("Rss:  3072 kB\nPss:  1536 kB\n")
+    assert resident_mib(7, tmp_path) == (8.0, 1.5)
+    assert resident_mib(99, tmp_path) == (None, None)
 
 
 def test_the_smaller_of_machine_and_cgroup_is_available(tmp_path: Path) -> None:
