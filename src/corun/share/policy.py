@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from corun.share.brakes import Mode
 from corun.share.host import Host
 from corun.share.start import Setup
 
 Kind = Literal["base", "priority", "cores", "memory", "gpu", "stops", "duty", "forecast"]
 
+FINEST = 8
 SERVER = "server"
 TRAINER = "trainer"
 
@@ -77,6 +79,17 @@ class Rule:
     micro: int = 1
     duty: float = 1.0
     layers: bool = False
+
+
+def finest(rule: Rule, preempts: bool) -> int:
+    """Parts a step may be cut into at most; where nobody said (`micro_max` 0), as many as shorten a request's wait.
+
+    preempts: the device takes what runs off for a request, as a CPU's kernel does. Finer steps then buy nothing,
+    unless the trainer looks for requests between them (Mode.PREEMPT).
+    """
+    asked = int(rule.options.get("micro_max", 1))
+    useful = not preempts or bool(rule.mode & Mode.PREEMPT)
+    return max(rule.micro, asked or (FINEST if useful else 1))
 
 
 class Policy:

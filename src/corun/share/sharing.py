@@ -27,7 +27,7 @@ from corun.share.host import Host, why_not
 from corun.share.observed import observe
 from corun.share.page import Knobs, Page
 from corun.share.policies import POLICIES
-from corun.share.policy import Cast, Member, Policy, Rule
+from corun.share.policy import Cast, Member, Policy, Rule, finest
 from corun.share.selftest import SELF_TEST_S, Shares, Spinner, spin
 from corun.share.spec import NAIVE, in_one_process, parse
 from corun.share.start import Setup
@@ -143,7 +143,7 @@ class Sharing:
     def _gate_options(self) -> dict[str, Any]:
         assert self.page is not None
         known = {item.name for item in fields(GateOptions)}
-        asked = self._gate.options if self._gate else {}
+        asked = {**self._gate.options, "micro_max": finest(self._gate, not self.cast.on_gpu)} if self._gate else {}
         return {"page": str(self.page.path), **{key: value for key, value in asked.items() if key in known}}
 
     @property
@@ -320,7 +320,8 @@ def merge_rules(rules: Any) -> Rule | None:
         mode |= Mode(rule.mode)
     micro = max(rule.micro for rule in asked)
     if "micro_max" in options:
-        options["micro_max"] = max(options["micro_max"], micro)
+        parts = max(rule.options.get("micro_max", 0) for rule in asked)
+        options["micro_max"] = max(parts, micro) if parts else 0
     return Rule(int(mode), options, micro, min(rule.duty for rule in asked), any(rule.layers for rule in asked))
 
 

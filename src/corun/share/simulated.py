@@ -25,7 +25,7 @@ from corun.share.policies.green_context import GreenContext
 from corun.share.policies.mig import Mig
 from corun.share.policies.mps import Mps
 from corun.share.policies.stream_priority import StreamPriority
-from corun.share.policy import Policy, Rule
+from corun.share.policy import Policy, Rule, finest
 from corun.share.sharing import merge_rules
 from corun.share.simulation import (
     Device,
@@ -146,7 +146,7 @@ def _gate(page: Page, rule: Rule, timeline: Timeline) -> PageGate:
     return PageGate(
         page,
         steerings,
-        micro_max=options.micro_max,
+        micro_max=finest(rule, preempts=False),
         max_wait_ns=round(options.max_wait_ms * NS_PER_MS),
         clock=timeline.clock,
         sleep=sleep_on(timeline, page),

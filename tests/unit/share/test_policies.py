@@ -21,7 +21,7 @@ from corun.share.page import Page
 from corun.share.policies import POLICIES
 from corun.share.policies import green_context as green
 from corun.share.policies.mig import Slice, parse_list
-from corun.share.policy import Cast, Member, Rule
+from corun.share.policy import Cast, Member, Rule, finest
 from corun.share.sharing import Sharing, available, merge_rules, survey
 from corun.share.spec import in_one_process, parse
 from corun.share.start import Setup
@@ -358,6 +358,24 @@ def test_rules_of_several_policies_add_up() -> None:
     rules = [Rule(1, {"a": 1}, 4, 0.9), None, Rule(2, {"micro_max": 2}, 1, 0.5, layers=True)]
     assert merge_rules(rules) == Rule(3, {"a": 1, "micro_max": 4}, 4, 0.5, True)
     assert merge_rules([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "on_cpu", "on_gpu"),
+    [
+        ({"policy": "slo", "slo_ms": 9}, 1, 8),
+        ({"policy": "slo", "slo_ms": 9, "micro_max": 4}, 4, 4),
+        ({"policy": "preempt+slo", "slo_ms": 9}, 16, 16),
+        ({"policy": "preempt+predictive", "micro": 4}, 8, 8),
+        ({"policy": "preempt", "micro": 12}, 12, 12),
+        ({"policy": "throttle"}, 1, 1),
+    ],
+)
+def test_steps_are_cut_where_that_shortens_a_wait(spec: dict[str, Any], on_cpu: int, on_gpu: int) -> None:
+    """A kernel preempts a step whatever its length: there it is cut only for a trainer that looks between the parts."""
+    rule = merge_rules(policy.rule() for policy in parse(spec))
+    assert rule is not None
+    assert (finest(rule, preempts=True), finest(rule, preempts=False)) == (on_cpu, on_gpu)
 
 
 @pytest.mark.parametrize(

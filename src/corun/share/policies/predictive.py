@@ -17,7 +17,7 @@ class Predictive(Policy):
 
     forecaster: ewma, or MODULE:FUNCTION, e.g. corun.predict.forecast:from_history, which learns the upper quantile
     of the load from the past trace `history`. forecast_s: length of a forecast window.
-    micro_max: finest split of a step before the duty is lowered.
+    micro_max: finest split of a step before the duty is lowered; 0 = by the device (corun.share.policy.finest).
     """
 
     forecaster: str = "ewma"
@@ -26,7 +26,7 @@ class Predictive(Policy):
     low: float = 0.2
     high: float = 0.7
     floor: float = FLOOR
-    micro_max: int = 8
+    micro_max: int = 0
 
     name: ClassVar[str] = "predictive"
     kind: ClassVar[Kind] = "forecast"

@@ -15,7 +15,8 @@ from corun.share.policy import Kind, Policy, Rule
 class Slo(Policy):
     """slo_ms: bound on the p99 of a window. controller: aimd or pi. floor: least effort, so training never starves.
 
-    micro_max: finest split of a step before the duty is lowered. margin: share of the bound to stay below.
+    micro_max: finest split of a step before the duty is lowered; 0 = by the device (corun.share.policy.finest).
+    margin: share of the bound to stay below.
     """
 
     slo_ms: float = 0.0
@@ -23,7 +24,7 @@ class Slo(Policy):
     window_s: float = 5.0
     margin: float = 0.8
     floor: float = FLOOR
-    micro_max: int = 8
+    micro_max: int = 0
 
     name: ClassVar[str] = "slo"
     kind: ClassVar[Kind] = "duty"
@@ -32,8 +33,10 @@ class Slo(Policy):
 
     def __post_init__(self) -> None:
         make_controller(self.controller, self.slo_ms, self.margin, self.floor)
-        if self.window_s <= 0 or self.micro_max < 1:
-            raise InputError(f"window_s is {self.window_s} and micro_max {self.micro_max}; both must be positive")
+        if self.window_s <= 0 or self.micro_max < 0:
+            raise InputError(
+                f"window_s is {self.window_s} and micro_max {self.micro_max}; windows are positive, parts not negative"
+            )
 
     def rule(self) -> Rule | None:
         return Rule(mode=Mode.SLO, options=asdict(self))
