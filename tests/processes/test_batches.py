@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import pytest
 from tests.processes.tools import Program
 
 from corun.launch import batches
-from corun.plan.ask import read_curve
+from corun.launch.stage import Stages
+from corun.plan.ask import asker, read_curve
+from corun.plan.cells import Setup, cell
+from corun.plan.measured import Condition
+from corun.plan.question import Question, Slo, make_candidates
 from corun.run import config
 from corun.run.config import Pair
 
@@ -63,6 +68,29 @@ def test_a_real_model_is_served_in_the_batches_asked() -> None:
     assert peaks == sorted(peaks)
     assert all(time > 0 for one in seen.sizes for time in one.times_ms)
     assert seen.overhead_ms > 0
+
+
+@pytest.mark.slow
+def test_a_window_of_a_batched_service_says_how_it_was_batched(free_port: Callable[..., int]) -> None:
+    """Batches within the bound, one for each answer; the time that a batch was held for is no service time."""
+    (plain,) = make_candidates(["null"], 100.0)
+    one = replace(plain, max_batch=4, max_delay_ms=30.0)
+    question = Question(None, (one,), Slo(90, 1000), ("none",))
+
+    def pair_of(policy: str, names: Any) -> Pair:
+        return cell(question, Setup(seconds=1.0), policy, [one], port=free_port(1))
+
+    with Stages(pair_of, (), 1, 1.0) as stages:
+        measure = asker([one], "none", 1.0, lambda policy, *rest: stages.observe(policy, ["null"], *rest))
+        window = measure(Condition(((one.kind, 100.0),)), 0)
+    assert not window.fault
+    (sample,) = window.samples
+    assert sample.model == "null[4, 30 ms]"
+    assert len(sample.batches) == len(sample.services_ms) == len(sample.sojourns_ms)
+    assert set(sample.batches) <= {1, 2, 3, 4}
+    waits = [total - own for total, own in zip(sample.sojourns_ms, sample.services_ms, strict=True)]
+    assert max(waits) >= 30
+    assert "server null[4, 30 ms]" in window.memory
 
 
 @pytest.mark.slow

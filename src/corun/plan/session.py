@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_SLO_MISSED
 from corun.plan.ask import Observe, asker, read_curve
 from corun.plan.asked import LADDER, measure_machine, open_profile
-from corun.plan.batching import LARGEST, choose, sizes_to
+from corun.plan.batching import LARGEST, Choice, choose, sizes_to
 from corun.plan.cells import Setup, cell, validation_seconds
 from corun.plan.measured import Condition, Memory, Profile
 from corun.plan.memory import need
@@ -183,16 +183,22 @@ def choose_batches(planner: Planner, largest: int) -> None:
     def fits(memory: Memory) -> bool:
         return need([memory], limits, question.memory_margin).fits
 
-    made = []
-    for one in question.candidates:
-        curve = planner.profile.curves.get(one.model)
+    found: dict[tuple[str, float], Choice] = {}
+    for model, rate in dict.fromkeys((one.model, one.rate) for one in question.candidates):
+        curve = planner.profile.curves.get(model)
         if curve:
-            choice = choose(curve, one.rate, question.slo, largest, fits)
-            one = replace(one, max_batch=choice.option.max_batch, max_delay_ms=choice.option.max_delay_ms)
-            planner.choices[one.name] = choice
-            planner.say(f"{one.name}: {choice.why}")
-        made.append(one)
-    planner.question = replace(question, candidates=tuple(made))
+            found[model, rate] = choose(curve, rate, question.slo, largest, fits)
+            planner.say(f"{model} at {rate:g}/s: {found[model, rate].why}")
+    with_curve = [one for one in question.candidates if (one.model, one.rate) in found]
+    planner.choices = {one.name: found[one.model, one.rate] for one in with_curve}
+    planner.question = replace(question, candidates=tuple(_batched(one, planner) for one in question.candidates))
+
+
+def _batched(candidate: Candidate, planner: Planner) -> Candidate:
+    choice = planner.choices.get(candidate.name)
+    if choice is None:
+        return candidate
+    return replace(candidate, max_batch=choice.option.max_batch, max_delay_ms=choice.option.max_delay_ms)
 
 
 def describe(question: Question, setup: Setup, options: Options) -> Iterator[str]:

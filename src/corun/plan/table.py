@@ -16,6 +16,7 @@ from corun.plan.batching import Choice, Option
 from corun.plan.measured import Curve
 from corun.plan.planner import Answer, Planner
 from corun.plan.question import Candidate, Question
+from corun.share.foreign import DIRTY_CORES
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ def _curves(console: Console, question: Question, planner: Planner) -> None:
         if curve is None:
             continue
         points = "  ".join(f"{one.size}: {_ms(one.ms)} ms {one.per_s:.3g}/s" for one in curve.points)
-        console.print(escape(f"{model} alone in batches of {points}"), highlight=False, soft_wrap=True)
+        dirty = curve.foreign_cores > DIRTY_CORES
+        others = f" (others used {curve.foreign_cores:.1f} cores; --fresh measures again)" if dirty else ""
+        console.print(escape(f"{model} alone in batches of {points}{others}"), highlight=False, soft_wrap=True)
         whys = [planner.choices[one.name].why for one in question.candidates if _chosen_for(one, model, planner)]
         for why in dict.fromkeys(whys):
             console.print(escape(f"  {why}"), highlight=False, soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from corun import registry
@@ -63,11 +65,23 @@ def test_words_and_copies() -> None:
 
 def test_every_problem_is_said_at_once() -> None:
     """One error with a line for each wrong flag."""
-    asked = Asked(["resnet5", "yolov5n"], "nope_1", -1.0, "p99", ["idl", "mps"], "cout", data=["no-data"])
+    asked = Asked(
+        ["resnet5", "yolov5n"], "nope_1", -1.0, "p99", ["idl", "mps"], "cout", data=["no-data"], max_batch="all"
+    )
     with pytest.raises(InputError) as raised:
         make_question(asked, registry.models(), make_cast(2, 1, 1, "cpu"), Host())
     said = "\n".join(raised.value.problems)
-    for part in ("--services", "--train", "--rate", "--slo", "--policies mps", "idl", "--maximize", "no-data"):
+    for part in (
+        "--services",
+        "--train",
+        "--rate",
+        "--slo",
+        "--policies mps",
+        "idl",
+        "--maximize",
+        "no-data",
+        "--max-batch",
+    ):
         assert part in said
 
 
@@ -94,6 +108,16 @@ def test_a_cell_is_a_run_of_the_plan() -> None:
     ]
     assert pair.promises["resnet18-2"] == {"p95_ms": 80.0}
     assert pair.config.sharing == "idle"
+
+
+def test_a_service_has_the_batches_chosen_for_it_and_else_those_of_the_set_up() -> None:
+    """A choice of more than one replaces the set-up's bound and brings its delay; other services keep the set-up's."""
+    asked = Asked(["resnet18,squeezenet1_1"], "none", 7.0, "p95=80ms", [], "count")
+    question = make_question(asked, registry.models(), make_cast(2, 1, 1, "cpu"), Host())
+    first, second = question.candidates
+    chosen = [replace(first, max_batch=8, max_delay_ms=2.5), second]
+    pair = cell(question, Setup(max_batch=3), "none", chosen, port=12345)
+    assert [(one.max_batch, one.max_delay_ms) for one in pair.services] == [(8, 2.5), (3, 0.0)]
 
 
 def test_a_validation_is_long_enough_for_its_percentile() -> None:
