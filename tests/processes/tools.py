@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import signal
 import subprocess
 import time
@@ -52,3 +54,43 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+Start = Callable[..., Program]
+Ports = Callable[..., int]
+WriteConfig = Callable[[dict[str, Any]], Path]
+"""The fixtures start, free_port and write_config."""
+
+TRAIN = {"arch": "squeezenet1_1", "data": "digits", "batch_size": 8, "image_size": 32, "count": 64}
+"""A training job that takes steps within seconds, for a config.json."""
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """All rows of a table."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_directory(root: Path) -> Path:
+    """The one run in a directory of runs."""
+    (path,) = (entry for entry in root.iterdir() if entry.is_dir())
+    return path
+
+
+def manifest_of(run: Path) -> dict[str, Any]:
+    """What a run says of itself so far."""
+    value: dict[str, Any] = json.loads((run / "manifest.json").read_text())
+    return value
+
+
+def pids_of(run: Path) -> dict[str, int]:
+    """Every process a launcher has started, by role and name."""
+    lines = (run / "processes.jsonl").read_text().splitlines()
+    return {f"{row['role']} {row['name']}": row["pid"] for row in map(json.loads, lines)}
+
+
+def in_a_window(root: Path) -> Path:
+    """The one run in a directory of runs, once its first window has begun."""
+    run: Path = wait_until(lambda: list(root.glob("*/events.csv")), 90)[0].parent
+    wait_until(lambda: "window_start" in (run / "events.csv").read_text(), 90)
+    return run
