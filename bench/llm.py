@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,7 @@ from corun.llm.sharing import MODES, NONE, PROCESS, THREAD, Job, LearnerHandle, 
 from corun.serve.batcher import Batcher
 
 ALONE = "alone"
+CONDITIONS = (ALONE, *MODES)
 BATCH = 8
 EXAMPLES = [([3 + i % 200, 40, 50] * 5, [10, 11, 120] * 5) for i in range(16)]
 MANY_STEPS = 1_000_000
@@ -183,8 +185,92 @@ def medians(rows: list[dict[str, float]], digits: int) -> dict[str, float]:
     return {name: round(statistics.median(row[name] for row in rows), digits) for name in rows[0]}
 
 
-def _condition(mode: str) -> str:
-    return mode if mode == ALONE else f"corun_{mode}"
+# The whole
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is that is measured."""
+
+    preset: str
+    memory_preset: str
+    rounds: int
+    count: int
+    new_tokens: int
+    quick: bool = False
+
+
+@dataclass
+class Rounds:
+    """What the rounds showed: a list of a condition's medians, a row of speeds a round."""
+
+    ttfts: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in CONDITIONS})
+    tpots: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in CONDITIONS})
+    steps: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
+    speeds: list[dict[str, float]] = field(default_factory=list)
+
+
+def measure_memory(sizes: Sizes) -> dict[str, dict[str, float]]:
+    """PSS by preset and way of sharing: of the network in question and of one that weighs nothing."""
+    compared = (PROCESS, NONE) if sizes.quick else (PROCESS, THREAD, NONE)
+    return {preset: {mode: held_mib(preset, mode) for mode in compared} for preset in ("tiny", sizes.memory_preset)}
+
+
+def measure_times(base: Any, shared: Any, sizes: Sizes) -> Rounds:
+    """All conditions in turn, in reversed order every other round."""
+    found = Rounds()
+    for turn in range(sizes.rounds):
+        for mode in CONDITIONS if turn % 2 == 0 else CONDITIONS[::-1]:
+            ttft, tpot, step = beside(base, shared, mode, sizes.count, sizes.new_tokens)
+            found.ttfts[mode].append(ttft)
+            found.tpots[mode].append(tpot)
+            found.steps.get(mode, []).extend([] if step is None else [step])
+        found.speeds.append(throughputs(base, sizes.new_tokens))
+    return found
+
+
+def memory_figures(pss: dict[str, dict[str, float]], sizes: Sizes) -> dict[str, Any]:
+    """One base against two copies, beyond what the processes hold anyway, and with it."""
+    whole, nothing = pss[sizes.memory_preset], pss["tiny"]
+    memory = {mode: whole[mode] - nothing[mode] for mode in whole}
+    return {
+        "memory_ratio_shared_vs_two": round(memory[PROCESS] / memory[NONE], 3),
+        **({} if sizes.quick else {"memory_ratio_thread_vs_two": round(memory[THREAD] / memory[NONE], 3)}),
+        "pss_ratio_shared_vs_two": round(whole[PROCESS] / whole[NONE], 3),
+        **{f"memory_mib_{mode}": round(mib, 1) for mode, mib in memory.items()},
+    }
+
+
+def time_figures(found: Rounds) -> dict[str, Any]:
+    """Medians over rounds."""
+    speed = medians(found.speeds, 1)
+    return {
+        "continuous_vs_solo_tokens_per_s": round(speed["continuous"] / speed["solo"], 2),
+        "static_vs_solo": round(speed["static"] / speed["solo"], 2),
+        "tokens_per_s": speed,
+        "ttft_ms": _by_condition(found.ttfts, 3),
+        "tpot_ms": _by_condition(found.tpots, 3),
+        "step_ms": _by_condition(found.steps, 1),
+    }
+
+
+def _by_condition(values: dict[str, list[float]], digits: int) -> dict[str, float]:
+    return {
+        mode if mode == ALONE else f"corun_{mode}": round(statistics.median(taken), digits)
+        for mode, taken in values.items()
+        if taken
+    }
+
+
+def policy_figures(drawn: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians over seeds, policy by policy, and what two of them come to against each other."""
+    policy = medians(drawn, 4)
+    return {
+        "policies": {
+            mode: {name: policy[f"{name}_{mode}"] for name in ("mean_s", "p99_s", "missed")} for mode in POLICIES
+        },
+        **{name: policy[name] for name in ("sjf_vs_fifo_mean", "edf_vs_fifo_missed", "hrrn_vs_sjf_p99")},
+    }
 
 
 def main(
@@ -196,56 +282,31 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, one round: does it work?")] = False,
 ) -> None:
     """Measure, store and print the figures."""
+    sizes = Sizes(preset, memory_preset, rounds, count, new_tokens)
     if quick:
-        preset, memory_preset, rounds, count, new_tokens = "tiny", "small", 1, 2, 8
+        sizes = Sizes("tiny", "small", 1, 2, 8, quick=True)
     with guard(), scratch() as directory:
         import torch
 
         torch.set_num_threads(1)
-        compared = (PROCESS, NONE) if quick else (PROCESS, THREAD, NONE)
-        pss = {size: {mode: held_mib(size, mode) for mode in compared} for size in ("tiny", memory_preset)}
-        memory = {mode: pss[memory_preset][mode] - pss["tiny"][mode] for mode in compared}
-        shared = share(load_base(preset=preset), Path(directory))
+        pss = measure_memory(sizes)
+        shared = share(load_base(preset=sizes.preset), Path(directory))
         base = shared.open()
-        tpots: dict[str, list[float]] = {mode: [] for mode in (ALONE, *MODES)}
-        ttfts: dict[str, list[float]] = {mode: [] for mode in tpots}
-        steps: dict[str, list[float]] = {mode: [] for mode in MODES}
-        speeds: list[dict[str, float]] = []
-        for turn in range(rounds):
-            for mode in list(tpots) if turn % 2 == 0 else list(tpots)[::-1]:
-                ttft, tpot, step = beside(base, shared, mode, count, new_tokens)
-                ttfts[mode].append(ttft)
-                tpots[mode].append(tpot)
-                steps.get(mode, []).extend([] if step is None else [step])
-            speeds.append(throughputs(base, new_tokens))
+        found = measure_times(base, shared, sizes)
         drawn = [policies(seed) for seed in range(1 if quick else 5)]
-        speed, policy = medians(speeds, 1), medians(drawn, 4)
         figures = {
-            "preset": preset,
-            "memory_preset": memory_preset,
-            "memory_ratio_shared_vs_two": round(memory[PROCESS] / memory[NONE], 3),
-            **({} if quick else {"memory_ratio_thread_vs_two": round(memory[THREAD] / memory[NONE], 3)}),
-            "pss_ratio_shared_vs_two": round(pss[memory_preset][PROCESS] / pss[memory_preset][NONE], 3),
-            **{f"memory_mib_{mode}": round(mib, 1) for mode, mib in memory.items()},
+            "preset": sizes.preset,
+            "memory_preset": sizes.memory_preset,
+            **memory_figures(pss, sizes),
             "base_mib": round(base_bytes(base) / 2**20, 1),
-            "continuous_vs_solo_tokens_per_s": round(speed["continuous"] / speed["solo"], 2),
-            "static_vs_solo": round(speed["static"] / speed["solo"], 2),
-            "tokens_per_s": speed,
-            "ttft_ms": {_condition(mode): round(statistics.median(values), 3) for mode, values in ttfts.items()},
-            "tpot_ms": {_condition(mode): round(statistics.median(values), 3) for mode, values in tpots.items()},
-            "step_ms": {
-                _condition(mode): round(statistics.median(values), 1) for mode, values in steps.items() if values
-            },
-            "policies": {
-                mode: {name: policy[f"{name}_{mode}"] for name in ("mean_s", "p99_s", "missed")} for mode in POLICIES
-            },
-            **{name: policy[name] for name in ("sjf_vs_fifo_mean", "edf_vs_fifo_missed", "hrrn_vs_sjf_p99")},
+            **time_figures(found),
+            **policy_figures(drawn),
         }
         details = {
-            "ttft_ms": ttfts,
-            "tpot_ms": tpots,
-            "step_ms": steps,
-            "tokens_per_s": speeds,
+            "ttft_ms": found.ttfts,
+            "tpot_ms": found.tpots,
+            "step_ms": found.steps,
+            "tokens_per_s": found.speeds,
             "policies": drawn,
             "pss_mib": pss,
         }

@@ -6,9 +6,8 @@
 A restart between policies would compare caches, pages and moods of the machine, so policies are switched on running
 processes: cgroup and cores thread by thread, the gate's mode and knobs on the shared page. What cannot be switched has
 processes of its own: the service with one thread and with all cores (`default`), service and trainer as threads of one
-process (`one_process`), and trainers whose OpenMP threads spin
-or sleep (passive), nice and idle ones among them, since nobody but root may take a thread back from there. Whoever is
-not in a segment sleeps in a system call.
+process (`one_process`), and trainers whose OpenMP threads spin or sleep (passive), nice and idle ones among them, since
+nobody but root may take a thread back from there. Whoever is not in a segment sleeps in a system call.
 
 Foreign load is what the machine was busy with that was neither ours nor idle (corun.share.foreign).
 """
@@ -22,28 +21,25 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bench.sharing import Cell, Measured, Spec, picked
 from corun import arrivals
 from corun.arrivals import schedule as schedules
-from corun.clock import NS_PER_MS, NS_PER_S, now_ns
+from corun.clock import NS_PER_S, now_ns
 from corun.errors import InputError, RunFault
 from corun.launch import commands
 from corun.launch.calibrate import free_port
-from corun.launch.children import PYTHON, Child, Family
-from corun.launch.control import ControlSocket, wait_for_server
-from corun.load.ring import read_ring
-from corun.process import thread_environment
-from corun.registry import home
-from corun.run.read import read_table
-from corun.run.records import TRAIN
-from corun.share.foreign import DIRTY_CORES, foreign_cores, own_cores, read_cpu
+from corun.launch.children import Child
+from corun.launch.control import wait_for_server
+from corun.launch.troupe import Troupe, sojourns_ms
+from corun.launch.window import channel_of
+from corun.run.config import Config, Pair, Service, Train
+from corun.share.foreign import DIRTY_CORES, foreign_cores, read_cpu
 from corun.share.gates import GateOptions
 from corun.share.host import Host
 from corun.share.openmp import waiting
@@ -51,18 +47,23 @@ from corun.share.page import Knobs, Page
 from corun.share.policy import Cast, Member, Rule
 from corun.share.sharing import GATE, Sharing, merge_rules, survey
 from corun.share.start import Setup
-from corun.wire import Status
-from corun.wire.channel import Channel
-from corun.wire.messages import Arm, Drain, Start, Stop, Warmup
+from corun.wire.messages import Warmup
 from corun.wire.sockets import Address
 
 SERVICE_MODEL, SERVICE_SIZE = "resnet18", 96
 TRAIN_MODEL, TRAIN_SIZE, BATCH = "resnet18", 32, 64
+JOB = Train(
+    arch=TRAIN_MODEL,
+    data="synthetic",
+    batch_size=BATCH,
+    image_size=TRAIN_SIZE,
+    num_classes=10,
+    count=512,
+    device="cpu",
+)
 UTILISATION = 0.3
 WARM_S = 3.0
-ARM_AHEAD_S = 0.4
 TRIES = 3
-ANSWER_S = 30.0
 DRAIN_S = 30.0
 QUIET_LOOK_S, QUIET_PATIENCE_S = 0.2, 4.0
 START_S = 180.0
@@ -111,18 +112,15 @@ class Part:
     sharing: Sharing | None = None
 
 
-@dataclass
-class Stage:
-    """All processes, by the names above, and what they share."""
+class Players(Troupe):
+    """All processes, by the names above, and the page they share."""
 
-    family: Family
-    control: ControlSocket
-    page: Page
-    host: Host
-    out: Path
-    servers: dict[str, Child] = field(default_factory=dict)
-    clients: dict[str, Child] = field(default_factory=dict)
-    trainers: dict[str, Child] = field(default_factory=dict)
+    def __init__(self, out: Path, page: Page) -> None:
+        super().__init__(out, DRAIN_S)
+        self.page = page
+        self.servers: dict[str, Child] = {}
+        self.clients: dict[str, Child] = {}
+        self.trainers: dict[str, Child] = {}
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,6 @@ def measure_cpu(repeats: int, chosen: Sequence[str], seconds: float) -> Measured
         _start_trainers(stage, parts)
         _warm_trainers(runner, stage)
         found = _interleave(runner, planned, parts, repeats)
-        _stop(stage)
     details = {"rate": rate, "seconds": seconds, "repeats": repeats, "alone_p99_ms": base_ms, "refused": refused}
     bites = {
         name: part.sharing.shares.service for name, part in parts.items() if part.sharing and part.sharing.shares
@@ -163,53 +160,57 @@ def measure_cpu(repeats: int, chosen: Sequence[str], seconds: float) -> Measured
 # Processes
 
 
-def _open_stage(out: Path, stack: ExitStack) -> Stage:
+def _open_stage(out: Path, stack: ExitStack) -> Players:
     """Servers that answer, and the page on which they announce."""
-    page, control = stack.enter_context(Page.create()), stack.enter_context(ControlSocket())
-    stage = Stage(stack.enter_context(Family(out)), control, page, Host(), out)
+    stage = stack.enter_context(Players(out, stack.enter_context(Page.create())))
     for slot, (name, threads) in enumerate(((ONE, 1), (ALL, len(stage.host.cores)))):
         address = Address("tcp", "127.0.0.1", free_port())
-        argv = _server_argv(name, threads, address, f"{page.path}:{slot}")
-        child = stage.family.start("server", _file_name(name), argv, thread_environment(threads))
+        child = stage.family.start("server", _file_name(name), *_server(stage, name, threads, address, slot))
         _await_server(stage, name, child, address)
     return stage
 
 
-def _server_argv(name: str, threads: int, address: Address, slot: str) -> list[str]:
-    argv = [PYTHON, str(home() / "src" / "server.py"), "--model", SERVICE_MODEL, "--image-size", str(SERVICE_SIZE)]
-    argv += ["--device", "cpu", "--threads", str(threads), "--host", address.host, "--port", str(address.port)]
-    return [*argv, "--name", _file_name(name), "--parent", str(os.getpid()), "--announce", slot]
+def _server(stage: Players, name: str, threads: int, address: Address, slot: int) -> commands.Command:
+    argv, environment = commands.server(_service(name, threads), address, stage.out, os.getpid())
+    return [*argv, "--announce", f"{stage.page.path}:{slot}"], environment
 
 
-def _await_server(stage: Stage, name: str, child: Child, address: Address) -> None:
+def _await_server(stage: Players, name: str, child: Child, address: Address) -> None:
     stage.servers[name] = child
     wait_for_server(child, address, stage.family, START_S)
-    child.hello["address"] = str(address)
+    child.hello["address"] = address
 
 
-def _start_together(stage: Stage) -> None:
+def _start_together(stage: Players) -> None:
     """The service with one thread and a trainer, in one process."""
     address, cores, name = Address("tcp", "127.0.0.1", free_port()), len(stage.host.cores), _file_name(TOGETHER)
-    parts = [_server_argv(TOGETHER, 1, address, f"{stage.page.path}:2"), _trainer_argv(stage, TOGETHER)]
+    parts = [_server(stage, TOGETHER, 1, address, 2)[0], _trainer(stage, TOGETHER)[0]]
     names = [("server", name), ("trainer", name)]
     server, stage.trainers[TOGETHER] = stage.family.start_together(names, *commands.together(parts, {}, cores))
     _await_server(stage, TOGETHER, server, address)
     stage.control.wait_for([stage.trainers[TOGETHER]], stage.family, START_S)
 
 
+def _service(name: str, threads: int = 1, rate: float = 0.0) -> Service:
+    return Service(
+        arch=SERVICE_MODEL,
+        name=_file_name(name),
+        rate=rate,
+        data="synthetic",
+        count=PAYLOADS,
+        image_size=SERVICE_SIZE,
+        device="cpu",
+        threads=threads,
+    )
+
+
 def _file_name(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def _channel(child: Child) -> Channel:
-    if child.channel is None:
-        raise RunFault(f"{child.label} never reported")
-    return child.channel
-
-
-def _rate(stage: Stage) -> float:
+def _rate(stage: Players) -> float:
     """Requests/s that keep the one-thread service busy UTILISATION of its core, by its own warm-up times."""
-    taken = _channel(stage.servers[ONE]).request(Warmup(40), START_S)["ms"]
+    taken = channel_of(stage.servers[ONE]).request(Warmup(40), START_S)["ms"]
     return UTILISATION * 1000 / float(np.median(taken[10:]))
 
 
@@ -232,48 +233,41 @@ def _plan(out: Path, rate: float, repeats: int, seconds: float) -> Planned:
     return Planned(path, [(rows[0].start, rows[0].stop) if 0 in rows else (0, 0) for rows in given])
 
 
-def _start_clients(stage: Stage, schedule: Path, rate: float) -> None:
+def _start_clients(stage: Players, schedule: Path, rate: float) -> None:
     for name, server in stage.servers.items():
-        argv = [PYTHON, str(home() / "src" / "client_async.py"), "--address", str(server.hello["address"])]
-        argv += ["--model", SERVICE_MODEL, "--name", server.name, "--stream", "0", "--schedule", str(schedule)]
-        argv += ["--rate", str(rate), "--data", "synthetic", "--count", str(PAYLOADS)]
-        argv += ["--image-size", str(SERVICE_SIZE), "--out", str(stage.out), "--control", str(stage.control.address)]
-        stage.clients[name] = stage.family.start("client", server.name, argv, thread_environment(1))
+        service, address = _service(name, rate=rate), server.hello["address"]
+        cell = Pair(train=None, services=(service,), arms=("alone",), config=Config())
+        command = commands.client(service, address, 0, schedule, cell, stage.out, stage.control.address)
+        stage.clients[name] = stage.family.start("client", server.name, *command)
     stage.control.wait_for(list(stage.clients.values()), stage.family, START_S)
 
 
-def _start_trainers(stage: Stage, parts: Mapping[str, Part]) -> None:
+def _start_trainers(stage: Players, parts: Mapping[str, Part]) -> None:
     """One trainer of each kind, with one gate that serves every cooperative policy: the page's mode chooses."""
-    cores = len(stage.host.cores)
     rule = merge_rules(part.sharing.rule for part in parts.values() if part.sharing)
     options = {"page": str(stage.page.path), **(rule.options if rule else {})}
     known = {name: value for name, value in options.items() if name in GateOptions.__dataclass_fields__}
     wanted = dict.fromkeys(part.trainer for part in parts.values() if part.trainer)
     started = {}
     for kind in (kind for kind in wanted if kind not in stage.trainers):
-        argv = [*_trainer_argv(stage, kind), "--gate", GATE, "--gate-options", json.dumps(known)]
-        environment = {**thread_environment(cores), **waiting(kind.startswith(PASSIVE))}
+        argv, environment = _trainer(stage, kind)
+        argv = [*argv, "--gate", GATE, "--gate-options", json.dumps(known)]
+        environment = {**environment, **waiting(kind.startswith(PASSIVE))}
         started[kind] = stage.family.start("trainer", kind, KINDS[kind].command(argv), environment)
     stage.trainers |= started
     stage.control.wait_for(list(started.values()), stage.family, START_S)
 
 
-def _trainer_argv(stage: Stage, kind: str) -> list[str]:
-    argv = [PYTHON, "-m", "corun.train", "--model", TRAIN_MODEL, "--data", "synthetic", "--epochs", "0"]
-    argv += ["--batch-size", str(BATCH), "--image-size", str(TRAIN_SIZE), "--num-classes", "10", "--count", "512"]
-    argv += ["--device", "cpu", "--threads", str(len(stage.host.cores)), "--out", str(stage.out / kind)]
-    return [*argv, "--control", str(stage.control.address)]
-
-
-def _stop(stage: Stage) -> None:
-    for child in (*stage.clients.values(), *stage.trainers.values(), *stage.servers.values()):
-        _channel(child).request(Stop(), ANSWER_S)
+def _trainer(stage: Players, kind: str) -> commands.Command:
+    return commands.trainer(JOB, len(stage.host.cores), 0, stage.out / kind, stage.control.address)
 
 
 # Policies
 
 
-def _parts(specs: Mapping[str, Spec], stage: Stage, stack: ExitStack) -> tuple[dict[str, Part], dict[str, list[str]]]:
+def _parts(
+    specs: Mapping[str, Spec], stage: Players, stack: ExitStack
+) -> tuple[dict[str, Part], dict[str, list[str]]]:
     """Every arm that can be had here, and the reasons why others cannot; the priority policies prove that they bite."""
     cores = len(stage.host.cores)
     cast = Cast((Member("server", "service", 1),), Member("trainer", "trainer", cores))
@@ -305,7 +299,7 @@ def _kind(sharing: Sharing) -> str:
 
 
 @contextmanager
-def _in_force(part: Part, stage: Stage) -> Iterator[None]:
+def _in_force(part: Part, stage: Players) -> Iterator[None]:
     """The arm's policies on its processes, and everything put back afterwards."""
     sharing = part.sharing
     if sharing is None:
@@ -329,7 +323,7 @@ def _in_force(part: Part, stage: Stage) -> Iterator[None]:
                 policy.detach(member, pid, stage.host)
 
 
-def _trainer_pid(part: Part, stage: Stage) -> int:
+def _trainer_pid(part: Part, stage: Players) -> int:
     return stage.trainers[part.trainer or SPINNING].popen.pid
 
 
@@ -339,10 +333,9 @@ def _trainer_pid(part: Part, stage: Stage) -> int:
 class Runner:
     """Measures one segment after the other on a stage."""
 
-    def __init__(self, stage: Stage, seconds: float) -> None:
+    def __init__(self, stage: Players, seconds: float) -> None:
         self._stage = stage
         self._seconds = seconds
-        self._number = 0
 
     @property
     def services(self) -> list[str]:
@@ -362,55 +355,21 @@ class Runner:
         self, part: Part, rows: tuple[int, int], arm: str, repeat: int, seconds: float, tries: int = 1
     ) -> Segment:
         """One segment under the part's policies."""
-        stage, self._number = self._stage, self._number + 1
+        stage, client = self._stage, _file_name(part.service or "")
         _wait_for_quiet(stage.host)
         with _in_force(part, stage):
-            start_ns = now_ns() + round(ARM_AHEAD_S * NS_PER_S)
-            stop_ns = start_ns + round(seconds * NS_PER_S)
-            cast = self._cast(part)
-            message = Arm(ARMS.get(arm, "corun"), repeat, self._number, start_ns, stop_ns, *rows)
-            for child in cast:
-                _channel(child).request(message, ANSWER_S)
-            for child in cast:
-                _channel(child).request(Start(self._number), ANSWER_S)
-            _sleep_until(start_ns)
-            before = read_cpu([os.getpid()], stage.host, now_ns())
-            _sleep_until(stop_ns)
-            after = read_cpu([os.getpid()], stage.host, now_ns())
-            for child in cast:
-                _channel(child).request(Drain(round(DRAIN_S * 1000)), DRAIN_S + ANSWER_S)
-        stage.family.require_alive()
+            window = stage.window(self._cast(part), ARMS.get(arm, "corun"), repeat, seconds, {client: rows})
         service = [stage.servers[part.service].popen.pid] if part.service else []
-        cell = Cell(self._sojourns(part), self._speed(part, start_ns, stop_ns))
-        return Segment(cell, foreign_cores(before, after), own_cores(before, after, service), tries)
+        records = stage.records(client, window)
+        sojourns = np.empty(0) if records is None else sojourns_ms(records)
+        speed = stage.samples_per_s(window, stage.out / part.trainer) if part.trainer else None
+        return Segment(Cell(sojourns, speed), window.foreign_cores, window.own_cores(service), tries)
 
     def _cast(self, part: Part) -> list[Child]:
         """Clients first: they stop sending before anybody else is drained."""
         stage = self._stage
         serving = [stage.clients[part.service], stage.servers[part.service]] if part.service else []
         return serving + ([stage.trainers[part.trainer]] if part.trainer else [])
-
-    def _sojourns(self, part: Part) -> NDArray[np.float64]:
-        """Sojourns in ms from the client's own record; a request without a reply waited for ever."""
-        if part.service is None:
-            return np.empty(0)
-        ring = self._stage.out / "infer_client" / f"{_file_name(part.service)}.{self._number}.ring"
-        records = read_ring(ring)
-        sojourns = (records["t_rx"] - records["t_intended"]) / NS_PER_MS
-        answered = np.where(records["status"] == Status.OK, sojourns, np.inf)
-        ring.unlink()
-        return np.asarray(answered, dtype=np.float64)
-
-    def _speed(self, part: Part, start_ns: int, stop_ns: int) -> float | None:
-        """Samples/s inside the window; a step across its border counts by the part inside."""
-        if part.trainer is None:
-            return None
-        steps = read_table(self._stage.out / part.trainer / "train.csv", TRAIN)
-        mine = steps["segment"] == self._number
-        begin, end = steps["t_start_ns"][mine], steps["t_end_ns"][mine]
-        inside = np.clip(end, start_ns, stop_ns) - np.clip(begin, start_ns, stop_ns)
-        shares = inside / np.maximum(1, end - begin)
-        return float((steps["samples"][mine] * shares).sum() * NS_PER_S / (stop_ns - start_ns))
 
 
 def _wait_for_quiet(host: Host) -> None:
@@ -423,10 +382,6 @@ def _wait_for_quiet(host: Host) -> None:
             return
 
 
-def _sleep_until(instant_ns: int) -> None:
-    time.sleep(max(0.0, (instant_ns - now_ns()) / NS_PER_S))
-
-
 def _warm(runner: Runner, planned: Planned) -> float:
     """Serve once without training; returns its p99 (ms), from which latency bounds are made."""
     for name in (*(name for name in runner.services if name != ONE), ONE):
@@ -434,7 +389,7 @@ def _warm(runner: Runner, planned: Planned) -> float:
     return float(np.quantile(warm.cell.sojourns_ms, 0.99, method="higher"))
 
 
-def _warm_trainers(runner: Runner, stage: Stage) -> None:
+def _warm_trainers(runner: Runner, stage: Players) -> None:
     for kind in stage.trainers:
         runner.once(Part(None, kind), (0, 0), "train", 0, WARM_S)
 

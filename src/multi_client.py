@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from corun import registry
-from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, guard
+from corun.errors import InputError, guard
 from corun.launch.arguments import launch_of, spread
 from corun.launch.segments import process_of
 from corun.launch.sweep import CellResult, run_sweep, sweep_name
+from corun.launch.telling import exit_code, sayer, tell_reasons
 from corun.process import StopSignal
 from corun.run.config import NONE, Config, Pair, Service
 from corun.run.directory import RunDirectory, result_root
@@ -100,10 +100,7 @@ def _run(cells: list[Pair], root: Path, fresh: bool) -> int:
     from corun.report.console import console_for
 
     console = console_for()
-
-    def say(line: str) -> None:
-        console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
-
+    say = sayer(console)
     with StopSignal() as stop:
 
         def measure(cell: Pair, run: RunDirectory) -> CellResult:
@@ -116,12 +113,9 @@ def _run(cells: list[Pair], root: Path, fresh: bool) -> int:
         rows = run_sweep(cells, sweep, measure, say, lambda: stop.requested, fresh)
         interrupted = stop.requested
     for row in rows:
-        for reason in row.result.reasons:
-            console.print(f"[red]{row.label}: {row.result.status}:[/] {escape(reason)}", highlight=False)
+        tell_reasons(console, row.result, row.label)
     console.print(f"sweep: {sweep}/index.csv", highlight=False, soft_wrap=True)
-    if interrupted:
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if any(row.result.status != "complete" for row in rows) else 0
+    return exit_code([row.result for row in rows], interrupted)
 
 
 if __name__ == "__main__":

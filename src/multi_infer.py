@@ -6,17 +6,16 @@ python src/multi_infer.py --models resnet18 mobilenet_v3_small --seconds 30 --wi
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from corun import registry
-from corun.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, guard
+from corun.errors import InputError, guard
 from corun.launch.arguments import spread
 from corun.launch.loops import Loop, LoopPlan, named, run_loops
+from corun.launch.telling import exit_code, sayer, tell_reasons
 from corun.process import StopSignal
 from corun.run.config import Train
 from corun.run.directory import RunDirectory, result_root, run_id
@@ -81,19 +80,12 @@ def _run(plan: LoopPlan, root: Path) -> int:
     from corun.report.loops import show_loops, summarise_loops
 
     console = console_for()
-
-    def say(line: str) -> None:
-        console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
-
     run = RunDirectory.create(root / run_id(plan.digest()), plan.resolved(), plan.digest())
     with StopSignal() as stop:
-        outcome = run_loops(plan, run, stop, say)
+        outcome = run_loops(plan, run, stop, sayer(console))
     show_loops(summarise_loops(run.path), console)
-    for reason in outcome.reasons:
-        console.print(f"[red]{outcome.status}:[/] {escape(reason)}", highlight=False)
-    if outcome.status == "interrupted":
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if outcome.status != "complete" else 0
+    tell_reasons(console, outcome)
+    return exit_code([outcome], outcome.status == "interrupted")
 
 
 if __name__ == "__main__":

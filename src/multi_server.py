@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -11,20 +10,12 @@ from typing import Annotated
 import typer
 
 from corun import registry
-from corun.errors import EXIT_FAILED, InputError, RunFault, guard
-from corun.launch import commands
+from corun.errors import EXIT_FAILED, EXIT_OK, InputError, guard
 from corun.launch.arguments import launch_of, spread
-from corun.launch.children import Child
-from corun.launch.control import hold
-from corun.launch.crew import Crew, make_crew
+from corun.launch.servers import serve
 from corun.process import StopSignal
-from corun.run.config import Config, Pair, Service
-from corun.run.directory import RunDirectory, result_root
-from corun.wire.channel import Channel
-from corun.wire.messages import Stop
-from corun.wire.sockets import Address, connect
-
-STOP_S = 15.0
+from corun.run.config import Config, Service
+from corun.run.directory import result_root
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -83,27 +74,9 @@ def main(
             Service(arch=names[index] if names else "none", name=_name(names, index), **options)
             for index in range(count)
         ]
-        with StopSignal() as stop, _crew(services, Config(host=host, launch=launch_of(launch)), directory) as crew:
-            raise typer.Exit(_watch(*_start(crew, services, port), crew, stop, directory))
-
-
-def _crew(services: list[Service], config: Config, directory: Path) -> Crew:
-    cell = Pair(train=None, services=tuple(services), arms=("alone",), config=config)
-    return make_crew(cell, RunDirectory(directory, {}), lambda fault: print(fault, flush=True))
-
-
-def _start(crew: Crew, services: list[Service], port: int) -> tuple[list[Child], list[Address]]:
-    children, addresses = [], []
-    for index, service in enumerate(services):
-        place = crew.place("server", index)
-        addresses.append(Address("tcp", place.host, port + index))
-        command = commands.server(service, addresses[-1], place.out, place.parent_pid)
-        children.append(crew.start(place, "server", service.label, *command))
-    for child, address in zip(children, addresses, strict=True):
-        if child.node:
-            hold(child, address, crew)
-    crew.compare_clocks("before")
-    return children, addresses
+        with StopSignal() as stop:
+            lived = serve(services, Config(host=host, launch=launch_of(launch)), port, directory, stop)
+        raise typer.Exit(EXIT_OK if lived else EXIT_FAILED)
 
 
 def _name(names: list[str], index: int) -> str:
@@ -111,39 +84,6 @@ def _name(names: list[str], index: int) -> str:
         return f"server-{index}"
     twice = names[:index].count(names[index])
     return f"{names[index]}-{twice + 1}" if twice else names[index]
-
-
-def _watch(children: list[Child], addresses: list[Address], crew: Crew, stop: StopSignal, directory: Path) -> int:
-    """Report until stopped; a server that dies is named and the others go on."""
-    poller = select.poll()
-    poller.register(stop.fileno(), select.POLLIN)
-    alive: dict[int, tuple[Child, Address]] = {}
-    for child, address in zip(children, addresses, strict=True):
-        poller.register(child.fd, select.POLLIN)
-        alive[child.fd] = (child, address)
-    print(f"{len(alive)} servers starting on {addresses[0]} and up; logs and rows in {directory}", flush=True)
-    failed = False
-    while alive and not stop.requested:
-        for fd, _ in poller.poll():
-            if fd in alive:
-                poller.unregister(fd)
-                child, address = alive.pop(fd)
-                child.closed_fd()
-                failed = True
-                print(f"{child.name} on {address} {child.how_it_ended()}", flush=True)
-    crew.compare_clocks("after")
-    for child, address in alive.values():
-        _stop(child, address)
-    return EXIT_FAILED if failed else 0
-
-
-def _stop(child: Child, address: Address) -> None:
-    try:
-        channel = Channel(connect(address, timeout_s=1.0))
-        print(f"{child.name}: {channel.request(Stop('the user stopped it'), STOP_S)}", flush=True)
-        child.popen.wait(STOP_S)
-    except (RunFault, OSError) as error:
-        print(f"{child.name} on {address} did not stop in order: {error}", flush=True)
 
 
 if __name__ == "__main__":

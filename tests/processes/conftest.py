@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.processes.tools import SRC, Ports, Program
+from tests.processes.tools import SRC, PortBlocks, Program
 
 
 @pytest.fixture
 def free_port() -> Iterator[Callable[..., int]]:
     """A port with `count` free ports from it on, which no other test is given while this one runs."""
-    with Ports() as ports:
+    with PortBlocks() as ports:
         yield ports.take
 
 

@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.processes.tools import SRC, Program, is_running, wait_until
+from tests.processes.tools import SRC, TRAIN, Ports, Start, WriteConfig, in_a_window, is_running, wait_until
+from tests.processes.tools import manifest_of as _manifest
+from tests.processes.tools import pids_of as _pids
+from tests.processes.tools import rows_of as _rows
+from tests.processes.tools import run_directory as _run_directory
 
 from corun.launch.demo import DEMO
 
-Start = Callable[..., Program]
-Ports = Callable[..., int]
-WriteConfig = Callable[[dict[str, Any]], Path]
-
-TRAIN = {"arch": "squeezenet1_1", "data": "digits", "batch_size": 8, "image_size": 32, "count": 64}
 FAST = {"arch": "null", "rate": 40, "image_size": 32, "count": 4}
 REAL = {"arch": "mobilenet_v3_small", "rate": 10, "image_size": 64, "count": 4}
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _run_directory(root: Path) -> Path:
-    (path,) = (entry for entry in root.iterdir() if entry.is_dir())
-    return path
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-    return value
-
-
-def _pids(run: Path) -> dict[str, int]:
-    lines = (run / "processes.jsonl").read_text().splitlines()
-    return {f"{row['role']} {row['name']}": row["pid"] for row in map(json.loads, lines)}
-
-
 def _measuring(root: Path) -> Path:
     """The run directory, once its window has rows of the trainer and of the service."""
-    run: Path = wait_until(lambda: list(root.glob("*/events.csv")))[0].parent
-    wait_until(lambda: "window_start" in (run / "events.csv").read_text())
+    run = in_a_window(root)
     for table in (run / "train.csv", run / "infer_server" / "null.csv"):
         wait_until(lambda table=table: table.exists() and len(_rows(table)) > 2)
     return run

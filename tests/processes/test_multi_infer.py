@@ -6,13 +6,11 @@ import csv
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from tests.processes.tools import Program, is_running, wait_until
-
-Start = Callable[..., Program]
+from tests.processes.tools import Start, in_a_window, is_running, wait_until
+from tests.processes.tools import manifest_of as _manifest
+from tests.processes.tools import pids_of as _pids
 
 SMALL = ("--image-size", 64, "--count", 4, "--threads", 1)
 TRAIN = ("--with-train", "squeezenet1_1", "--train-image-size", 32, "--train-batch-size", 8, "--train-threads", 1)
@@ -25,22 +23,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
-def _manifest(run: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((run / "manifest.json").read_text())
-    return value
-
-
 def _measuring(root: Path) -> Path:
     """The run directory, once its window has begun and both loops have rows."""
-    run: Path = wait_until(lambda: list(root.glob("*/events.csv")))[0].parent
-    wait_until(lambda: "window_start" in (run / "events.csv").read_text())
+    run = in_a_window(root)
     wait_until(lambda: all(len(_rows(run / "infer_loop" / f"{name}.csv")) > 3 for name in ("null", "null-2")))
     return run
-
-
-def _pids(run: Path) -> dict[str, int]:
-    lines = (run / "processes.jsonl").read_text().splitlines()
-    return {f"{row['role']} {row['name']}": row["pid"] for row in map(json.loads, lines)}
 
 
 def _table_row(output: str, loop: str) -> list[str]:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.processes import tools
 from tests.processes.ray_nodes import Cluster, command_lines, make_cluster
-from tests.processes.tools import SRC, Program, is_running, wait_until
+from tests.processes.tools import SRC, TRAIN, Ports, Program, Start, WriteConfig, is_running, wait_until
+from tests.processes.tools import in_a_window as _in_a_window
+from tests.processes.tools import manifest_of as _manifest
+from tests.processes.tools import pids_of as _pids
+from tests.processes.tools import rows_of as _rows
+from tests.processes.tools import run_directory as _run_directory
 
 pytest.importorskip("ray", reason='Ray is not installed: pip install -e ".[ray]"')
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-Start = Callable[..., Program]
-Ports = Callable[..., int]
-WriteConfig = Callable[[dict[str, Any]], Path]
-
-TRAIN = {"arch": "squeezenet1_1", "data": "digits", "batch_size": 8, "image_size": 32, "count": 64}
 SERVICES = [
     {"arch": "null", "rate": 40, "image_size": 32, "count": 4},
     {"arch": "null", "name": "second", "rate": 20, "image_size": 32, "count": 4},
@@ -38,7 +37,7 @@ SLACK_NS = S
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with tools.Ports() as ports:
+    with tools.PortBlocks() as ports:
         made = make_cluster(ports.take())
         print(
             "nodes in network namespaces" if made.clients.prefix else "nodes on the loopback: no network namespaces"
@@ -58,34 +57,8 @@ def _main(start: Start, cluster: Cluster, config: Path, out: Path, *more: str) -
     return start("main.py", *words, prefix=cluster.clients.prefix, **cluster.environment)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _run_directory(root: Path) -> Path:
-    (path,) = (entry for entry in root.iterdir() if entry.is_dir())
-    return path
-
-
-def _manifest(run: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((run / "manifest.json").read_text())
-    return value
-
-
-def _pids(run: Path) -> dict[str, int]:
-    lines = map(json.loads, (run / "processes.jsonl").read_text().splitlines())
-    return {f"{row['role']} {row['name']}": row["pid"] for row in lines}
-
-
 def _left(run: Path) -> list[str]:
     return [name for name, pid in _pids(run).items() if is_running(pid)]
-
-
-def _in_a_window(root: Path) -> Path:
-    run: Path = wait_until(lambda: list(root.glob("*/events.csv")))[0].parent
-    wait_until(lambda: "window_start" in (run / "events.csv").read_text())
-    return run
 
 
 def test_a_corun_over_two_nodes(

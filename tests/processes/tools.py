@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import signal
 import socket
@@ -26,7 +28,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 180.0) -> Any:
     raise AssertionError(f"not within {timeout_s:g} s: {condition}")
 
 
-class Ports:
+class PortBlocks:
     """Blocks of ports below those that the kernel gives to outgoing connections, each one test's while it is held.
 
     Processes of one test run side by side and bind a port long after it was asked for: a block is reserved by a name
@@ -38,7 +40,7 @@ class Ports:
     def __init__(self) -> None:
         self._held: list[socket.socket] = []
 
-    def __enter__(self) -> Ports:
+    def __enter__(self) -> PortBlocks:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -104,3 +106,43 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+Start = Callable[..., Program]
+Ports = Callable[..., int]
+WriteConfig = Callable[[dict[str, Any]], Path]
+"""The fixtures start, free_port and write_config."""
+
+TRAIN = {"arch": "squeezenet1_1", "data": "digits", "batch_size": 8, "image_size": 32, "count": 64}
+"""A training job that takes steps within seconds, for a config.json."""
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """All rows of a table."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_directory(root: Path) -> Path:
+    """The one run in a directory of runs."""
+    (path,) = (entry for entry in root.iterdir() if entry.is_dir())
+    return path
+
+
+def manifest_of(run: Path) -> dict[str, Any]:
+    """What a run says of itself so far."""
+    value: dict[str, Any] = json.loads((run / "manifest.json").read_text())
+    return value
+
+
+def pids_of(run: Path) -> dict[str, int]:
+    """Every process a launcher has started, by role and name."""
+    lines = (run / "processes.jsonl").read_text().splitlines()
+    return {f"{row['role']} {row['name']}": row["pid"] for row in map(json.loads, lines)}
+
+
+def in_a_window(root: Path) -> Path:
+    """The one run in a directory of runs, once its first window has begun."""
+    run: Path = wait_until(lambda: list(root.glob("*/events.csv")))[0].parent
+    wait_until(lambda: "window_start" in (run / "events.csv").read_text())
+    return run

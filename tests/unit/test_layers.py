@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "corun"
 
 LEVELS = {
-    0: {"clock", "errors", "process"},
+    0: {"clock", "errors", "flags", "process"},
     1: {"wire", "run", "stats", "arrivals", "registry", "images", "torch_tools", "weights"},
     2: {"serve", "train", "load", "share", "profile", "predict"},
     3: {"llm", "ectrans", "tasks"},

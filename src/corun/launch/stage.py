@@ -14,9 +14,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,29 +23,25 @@ from typing import Any, Final
 import numpy as np
 
 from corun.arrivals import schedule as schedules
-from corun.clock import NS_PER_MS, NS_PER_S, now_ns
-from corun.errors import CorunError, RunFault
+from corun.clock import NS_PER_MS
+from corun.errors import RunFault
 from corun.launch import commands
 from corun.launch.calibrate import free_port
-from corun.launch.children import Child, Family, lanes_of
-from corun.launch.control import ControlSocket, wait_for_server
+from corun.launch.children import Child, lanes_of
+from corun.launch.control import wait_for_server
 from corun.launch.segments import process_of
+from corun.launch.troupe import ANSWER_S, Troupe, Window, sojourns_ms
 from corun.launch.window import channel_of
-from corun.load.ring import read_ring
 from corun.profile.footprint import Footprint, footprint
 from corun.run.config import Pair, Service
-from corun.run.read import read_table
-from corun.run.records import TRAIN
-from corun.share.foreign import DIRTY_CORES, foreign_cores, read_cpu
+from corun.share.foreign import DIRTY_CORES
 from corun.share.host import Host
 from corun.share.policy import Cast, Member
 from corun.share.sharing import Sharing
 from corun.wire import STAMPS, Status
-from corun.wire.messages import Arm, Drain, Start, Stop, Warmup
+from corun.wire.messages import Warmup
 from corun.wire.sockets import Address
 
-ARM_AHEAD_S: Final = 0.4
-ANSWER_S: Final = 30.0
 WARM_REQUESTS: Final = 10
 WARM_S: Final = 2.0
 TRIES: Final = 2
@@ -91,7 +86,7 @@ class Stage:
     def __init__(
         self, pair: Pair, factors: Sequence[float], repeats: int, seconds: float, specs: Sequence[Spec] = ()
     ) -> None:
-        self._pair, self._seconds, self._number = pair, seconds, 0
+        self._pair, self._seconds = pair, seconds
         self._specs = tuple(specs)
         self._factors = tuple(dict.fromkeys((1.0, *factors)))
         self._repeats = repeats
@@ -112,9 +107,6 @@ class Stage:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for child in (*self._clients.values(), *self._servers.values(), *([self._trainer] if self._trainer else [])):
-            with suppress(CorunError, OSError):
-                channel_of(child).request(Stop("no more windows"), ANSWER_S)
         self._stack.close()
 
     @property
@@ -128,8 +120,8 @@ class Stage:
         self._out = Path(tempfile.mkdtemp(prefix="corun-stage-"))
         self._stack.callback(shutil.rmtree, self._out, ignore_errors=True)
         self._sharing = self._stack.enter_context(self._prepare())
-        self._control = self._stack.enter_context(ControlSocket())
-        self._family = self._stack.enter_context(Family(self._out))
+        self._troupe = self._stack.enter_context(Troupe(self._out, self._pair.config.drain_timeout_s))
+        self._control, self._family = self._troupe.control, self._troupe.family
         addresses = self._start_servers()
         schedule = self._out / "schedule.npy"
         schedules.save(self._draw(), schedule)
@@ -249,62 +241,28 @@ class Stage:
         playing = [self._clients[name] for name in services] + [self._servers[name] for name in services]
         if trains and self._trainer:
             playing.append(self._trainer)
-        start_ns, stop_ns, foreign = self._run(playing, rows, arm, repeat, self._seconds)
+        window = self._run(playing, rows, arm, repeat, self._seconds)
         asked = {one.label: _at(one, factor) for one in self._pair.services}
-        served = tuple(self._served(asked[name]) for name in services)
-        speed = self._speed(start_ns, stop_ns) if trains and self._trainer else None
-        return Observation(served, speed, self._memory(playing), foreign)
+        served = tuple(self._served(asked[name], window) for name in services)
+        speed = self._troupe.samples_per_s(window) if trains and self._trainer else None
+        return Observation(served, speed, self._memory(playing), window.foreign_cores)
 
     def _run(
         self, playing: Sequence[Child], rows: Mapping[str, tuple[int, int]], arm: str, repeat: int, seconds: float
-    ) -> tuple[int, int, float]:
-        """One window; returns its start and end and the cores that others used in it."""
-        self._number += 1
+    ) -> Window:
         self._sharing.enter(arm)
-        start_ns = now_ns() + round(ARM_AHEAD_S * NS_PER_S)
-        stop_ns = start_ns + round(seconds * NS_PER_S)
-        try:
-            for child in playing:
-                mine = rows.get(child.name, (0, 0)) if child.role == "client" else (0, 0)
-                message = Arm(arm, repeat, self._number, start_ns, stop_ns, *mine)
-                channel_of(child).request(message, ANSWER_S)
-            for child in playing:
-                channel_of(child).request(Start(self._number), ANSWER_S)
-            before = read_cpu([os.getpid()], self._host, now_ns())
-            time.sleep(max(0.0, (stop_ns - now_ns()) / NS_PER_S))
-            after = read_cpu([os.getpid()], self._host, now_ns())
-            drain_s = self._pair.config.drain_timeout_s
-            for child in playing:
-                channel_of(child).request(Drain(round(drain_s * 1000)), drain_s + ANSWER_S)
-        except (CorunError, TimeoutError, OSError) as error:
-            time.sleep(ARM_AHEAD_S)
-            self._family.require_alive()
-            raise RunFault(f"a window of {arm} failed: {error}") from error
-        self._family.require_alive()
-        return start_ns, stop_ns, foreign_cores(before, after)
+        return self._troupe.window(playing, arm, repeat, seconds, rows)
 
-    def _served(self, asked: Service) -> Served:
+    def _served(self, asked: Service, window: Window) -> Served:
         name, rate = asked.label, asked.rate
-        ring = self._out / "infer_client" / f"{name}.{self._number}.ring"
-        if not ring.exists():
+        records = self._troupe.records(name, window)
+        if records is None:
             return Served(name, rate, (), ())
-        records = read_ring(ring)
-        ring.unlink()
         answered = records["status"] == Status.OK
-        sojourn = np.where(answered, (records["t_rx"] - records["t_intended"]) / NS_PER_MS, np.inf)
         stamps = records["stamps"][answered]
         service = (stamps[:, SENT] - stamps[:, BATCHED if asked.max_delay_ms else PICKED]) / NS_PER_MS
         batches = tuple(records["batch"][answered].tolist())
-        return Served(name, rate, tuple(sojourn.tolist()), tuple(service.tolist()), batches)
-
-    def _speed(self, start_ns: int, stop_ns: int) -> float:
-        """Training samples/s inside the window; a step across its border counts by the part inside."""
-        steps = read_table(self._out / "train.csv", TRAIN)
-        mine = steps["segment"] == self._number
-        begin, end = steps["t_start_ns"][mine], steps["t_end_ns"][mine]
-        inside = np.clip(end, start_ns, stop_ns) - np.clip(begin, start_ns, stop_ns)
-        shares = inside / np.maximum(1, end - begin)
-        return float((steps["samples"][mine] * shares).sum() * NS_PER_S / (stop_ns - start_ns))
+        return Served(name, rate, tuple(sojourns_ms(records).tolist()), tuple(service.tolist()), batches)
 
     def _memory(self, playing: Sequence[Child]) -> dict[str, Footprint]:
         members = [child for child in playing if child.role in ("server", "trainer")]

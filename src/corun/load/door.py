@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from corun.clock import NS_PER_S
 from corun.errors import EXIT_INTERRUPTED, InputError, RunFault
 from corun.load import target as targets
 from corun.load.client import Client, ClientOptions
+from corun.load.flags import Flags
 from corun.load.ring import open_ring, ring_to_csv
 from corun.load.session import Session, run_by_hand
 from corun.load.summary import line
@@ -28,40 +28,6 @@ from corun.wire import Address, connect
 from corun.wire.channel import Channel
 
 DEFAULT_IMAGE_SIZE = 224
-DEFAULT_RATE = 10.0
-
-
-@dataclass(frozen=True)
-class Flags:
-    """The command line of a client; see the front doors for their meaning."""
-
-    host: str = "127.0.0.1"
-    port: int = 54100
-    address: str | None = None
-    model: str = ""
-    name: str | None = None
-    rate: float = DEFAULT_RATE
-    process: str = "poisson"
-    duration_s: float = 10.0
-    seed: int = 0
-    stream: int = 0
-    data: str = "sample"
-    count: int = 64
-    image_size: int | None = None
-    train_model: str = "none"
-    schedule: Path | None = None
-    out: Path | None = None
-    control: str | None = None
-    priority: str = "none"
-    cores: str = ""
-    wait_s: float = 0.0
-    drain_timeout_s: float = 10.0
-    one_at_a_time: bool = False
-    after_reply: bool = False
-    think_s: float = 0.0
-    whole: bool = False
-    deadline_ms: int = 0
-    cancel_after_ms: int = 0
 
 
 def run(flags: Flags) -> None:

@@ -28,7 +28,7 @@ from corun.predict.levels import BASELINE, Level
 from corun.predict.predictor import MODELS, RequestPredictor
 from corun.predict.series import RESPONSE_LAG_S, Field
 
-__all__ = ["Job", "Outcome", "model_names", "run"]
+__all__ = ["CpuJob", "Job", "Outcome", "model_names", "run"]
 
 DataPath = Annotated[Path | None, typer.Option(help="BurstGPT or Azure LLM CSV; default: dataset/BurstGPT_1*.csv")]
 SampleSize = Annotated[int, typer.Option(min=2, help="contiguous rows to use; more than the file has = all")]
@@ -50,24 +50,32 @@ OutJson = Annotated[Path | None, typer.Option(help="write the results here as JS
 
 @dataclass(frozen=True)
 class Job:
-    """What one training program was asked to do; None = the device's default."""
+    """What one training program was asked to do, and so its flags; None = the device's default."""
 
     prefix: str
-    data_path: Path | None = None
-    sample_size: int = 100_000
-    from_end: bool = False
-    models: Sequence[str] = MODELS
-    model_dir: Path | None = None
-    device: str = "auto"
-    seed: int = 0
-    seq_len: int | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    window_s: float = 10.0
-    interval: float = 0.9
-    response_lag_s: float = RESPONSE_LAG_S
-    out_json: Path | None = None
+    data_path: DataPath = None
+    sample_size: SampleSize = 100_000
+    from_end: FromEnd = False
+    models: Models = None
+    model_dir: ModelDir = None
+    device: Device = "auto"
+    seed: Seed = 0
+    seq_len: SeqLen = None
+    epochs: Epochs = None
+    batch_size: BatchSize = None
+    lr: LearningRate = None
+    window_s: WindowS = 10.0
+    interval: Interval = 0.9
+    response_lag_s: ResponseLagS = RESPONSE_LAG_S
+    out_json: OutJson = None
+    more_models: MoreModels = None
+
+
+@dataclass(frozen=True)
+class CpuJob(Job):
+    """A job of half the rows, unless more are asked for."""
+
+    sample_size: SampleSize = 50_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def run(job: Job, console: Console | None = None) -> Outcome:
     console = console or Console()
     predictor = RequestPredictor(
         job.model_dir,
-        job.models,
+        model_names(job.models, job.more_models),
         job.seq_len,
         job.device,
         job.interval,

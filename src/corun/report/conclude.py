@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
+from corun.errors import CorunError
 from corun.report import accuracy, attribution, slo
 from corun.report import console as table
 from corun.report.slo import Promises, Verdict
@@ -56,3 +58,15 @@ def _figures(summary: Summary, valid: bool, verdicts: list[Verdict]) -> dict[str
         speeds = [row["train_samples_per_s"] for row in summary.pooled(arm, "trainer")]
         figures[f"{arm}_samples_per_s"] = round(speeds[0], 3) if speeds and speeds[0] is not None else None
     return figures
+
+
+def write_page(path: Path, console: Console) -> None:
+    """report.html of a run or a sweep; what cannot be drawn is said, the rows are safe by now."""
+    from corun.report import page, sweep_page
+
+    try:
+        written = sweep_page.write(path) if sweep_page.is_sweep(path) else page.write(path)
+    except CorunError as error:
+        console.print(f"[yellow]no report:[/] {escape(str(error))}", highlight=False)
+        return
+    console.print(f"report: {written}", highlight=False, soft_wrap=True)

@@ -321,6 +321,17 @@ def parse(value: Any, where: str = "config") -> Config:
         raise InputError(f"{where} has {count}", problems) from error
 
 
+def overridden(config: Config, ticks: int | None = None, policy: str | None = None) -> Config:
+    """A config with windows of so many profiler periods, and with another sharing policy that keeps the options."""
+    update: dict[str, Any] = {}
+    if ticks is not None:
+        update["duration_s"] = dict.fromkeys(ARMS, ticks * config.period_s)
+    if policy is not None:
+        given = config.sharing if isinstance(config.sharing, dict) else {}
+        update["sharing"] = {**given, "policy": policy}
+    return config.model_copy(update=update)
+
+
 def pairs(config: Config) -> list[Pair]:
     """Every (train, infer) cell with the arms that make sense for it, infer lists in the outer loop."""
     cells = []

@@ -178,3 +178,12 @@ def test_a_cell_without_services_has_no_twin() -> None:
     """Training alone sends nothing, so there is no other load to send."""
     cells = config.pairs(config.parse(ORIGINAL))
     assert config.with_legacy(cells) == cells
+
+
+def test_windows_and_policy_can_be_overridden() -> None:
+    """Ticks become seconds of every arm; another policy keeps the options that were given; nothing stays nothing."""
+    given = config.parse({"period_s": 0.5, "sharing": {"policy": "slo", "slo_ms": 100}})
+    assert config.overridden(given) == given
+    assert config.overridden(given, 8).duration_s == dict.fromkeys(config.ARMS, 4.0)
+    assert config.overridden(given, policy="idle+slo").sharing == {"policy": "idle+slo", "slo_ms": 100}
+    assert config.overridden(config.parse({"sharing": "nice"}), policy="idle").sharing == {"policy": "idle"}
