@@ -7,7 +7,8 @@
 Sizes go upwards and the server starts without a warm-up, so its peak memory after a size is the peak of batches up to
 that size. A burst that arrived so slowly that it fell into several batches does not count and is sent again. A size
 ends after REPEATS batches or its share of the time; the next one is left out when not even LEAST of it would fit, and
-when the server never makes a batch of this one (continuous batching answers each request by itself).
+when the server never makes a batch of this one (continuous batching answers each request by itself). A size that the
+server fails at or dies of (memory) ends the curve; the smaller ones stand.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -81,11 +83,21 @@ class OneSize:
 
 @dataclass(frozen=True)
 class Batches:
-    """All sizes that the time sufficed for. overhead_ms: median way to the server and back of single requests."""
+    """All sizes that the time sufficed for. overhead_ms: median way to the server and back of single requests.
+
+    fault: what ended it before the largest size, "" if nothing did.
+    """
 
     sizes: tuple[OneSize, ...]
     overhead_ms: float
-    foreign_cores: float
+    foreign_cores: float = 0.0
+    fault: str = ""
+
+
+class Bursts(Protocol):
+    """What sends bursts: a Sender."""
+
+    def burst(self, size: int) -> Burst: ...
 
 
 class Sender:
@@ -140,7 +152,8 @@ def measure(pair: Pair, sizes: Sequence[int], budget_s: float = BUDGET_S) -> Bat
             sender = Sender(address, _payloads(service, pair.config.seed))
             try:
                 found = _least_disturbed(sender, child, service, sizes, budget_s)
-                channel_of(child).request(Stop("no more batches"), STOP_S)
+                with suppress(CorunError, OSError):
+                    channel_of(child).request(Stop("no more batches"), STOP_S)
             finally:
                 sender.close()
     except (CorunError, OSError) as error:
@@ -168,19 +181,15 @@ def _payloads(service: Service, seed: int) -> list[bytes]:
 def _least_disturbed(
     sender: Sender, child: Child, service: Service, sizes: Sequence[int], budget_s: float
 ) -> Batches:
-    seen: list[Batches] = []
-    while not seen or (seen[-1].foreign_cores > DIRTY_CORES and len(seen) < TRIES):
+    on_gpu, seen = service.device.startswith("cuda"), list[Batches]()
+    while not seen or (seen[-1].foreign_cores > DIRTY_CORES and not seen[-1].fault and len(seen) < TRIES):
         before = read_cpu([os.getpid()], Host(), now_ns())
-        found, way_ms = _all_sizes(sender, child, service.device.startswith("cuda"), sizes, budget_s)
+        found = all_sizes(sender, child.popen.pid, sizes, budget_s, on_gpu)
         after = read_cpu([os.getpid()], Host(), now_ns())
-        seen.append(Batches(tuple(found), way_ms, foreign_cores(before, after)))
-    best = min(seen, key=lambda one: one.foreign_cores)
+        seen.append(replace(found, foreign_cores=foreign_cores(before, after)))
+    best = min(seen, key=lambda one: (bool(one.fault), one.foreign_cores))
     memory = {one.size: one for one in seen[0].sizes}
-    return Batches(
-        tuple(_with_memory_of(memory.get(one.size, one), one) for one in best.sizes),
-        best.overhead_ms,
-        best.foreign_cores,
-    )
+    return replace(best, sizes=tuple(_with_memory_of(memory.get(one.size, one), one) for one in best.sizes))
 
 
 def _with_memory_of(first: OneSize, one: OneSize) -> OneSize:
@@ -188,30 +197,32 @@ def _with_memory_of(first: OneSize, one: OneSize) -> OneSize:
     return OneSize(one.size, one.times_ms, first.footprint, first.rss_mib, first.pss_mib)
 
 
-def _all_sizes(
-    sender: Sender, child: Child, on_gpu: bool, sizes: Sequence[int], budget_s: float
-) -> tuple[list[OneSize], float]:
+def all_sizes(sender: Bursts, pid: int, sizes: Sequence[int], budget_s: float, on_gpu: bool = False) -> Batches:
+    """Each size in turn, from the smallest. CorunError when not even that one is answered. pid: the server's."""
     found: list[OneSize] = []
     ways_ms: list[float] = []
-    end_s = time.monotonic() + budget_s
-    expected_s = 0.0
+    fault, expected_s, end_s = "", 0.0, time.monotonic() + budget_s
     for place, size in enumerate(sorted(sizes)):
         left_s = end_s - time.monotonic()
         if place and (WARM + LEAST) * expected_s > left_s:
             break
         until_s = time.monotonic() + left_s / (len(sizes) - place)
-        bursts = _one_size(sender, size, until_s)
+        try:
+            bursts = _one_size(sender, size, until_s)
+        except (CorunError, OSError) as error:
+            if not found:
+                raise
+            bursts, fault = [], f"batches of {size}: {error}"
         if not bursts:
             break
-        pid = child.popen.pid
         times = tuple(one.batch_ms for one in bursts)
         found.append(OneSize(size, times, footprint(pid, on_gpu), *resident_mib(pid)))
         ways_ms += [one.way_ms for one in bursts if size == 1]
         expected_s = 2 * (float(np.median(times)) + HOLD_MS) / 1000
-    return found, max(0.0, float(np.median(ways_ms))) if ways_ms else 0.0
+    return Batches(tuple(found), max(0.0, float(np.median(ways_ms))) if ways_ms else 0.0, fault=fault)
 
 
-def _one_size(sender: Sender, size: int, until_s: float) -> list[Burst]:
+def _one_size(sender: Bursts, size: int, until_s: float) -> list[Burst]:
     """Whole batches of a size, after a few that do not count; [] when LEAST of them cannot be had."""
     for _ in range(WARM):
         sender.burst(size)

@@ -8,7 +8,7 @@
 
 A larger bound never makes a free server wait, so it costs little where requests are few; what it can cost is the latency
 of whoever comes in a large batch. Holding fills batches and takes slack that services and training beside it will need,
-so it has to carry more than TIE more; that is also about what a simulated p99 is uncertain by.
+so it has to carry more than TIE more. A simulated capacity is uncertain by 1 to 4 %, the times of a curve by more.
 """
 
 from __future__ import annotations

@@ -160,8 +160,10 @@ def _measure_curves(planner: Planner, setup: Setup, options: Options, programs: 
         seen = programs.batches(pair, sizes)
         if isinstance(seen, str):
             programs.say(f"{candidate.model} has no curve: {seen}")
-        else:
-            planner.profile.add_curve(candidate.model, read_curve(sizes, seen))
+            continue
+        planner.profile.add_curve(candidate.model, read_curve(sizes, seen))
+        if seen.fault:
+            programs.say(f"{candidate.model} has no larger batches: {seen.fault}")
 
 
 def _without_curve(question: Question, profile: Profile, setup: Setup, options: Options) -> list[Candidate]:

@@ -235,6 +235,7 @@ class _Batches:
     sizes: list[_OneSize]
     overhead_ms: float = 0.3
     foreign_cores: float = 0.0
+    fault: str = ""
 
 
 def _batching_zoo() -> Zoo:
