@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Options = TypeVar("Options", bound="DataclassInstance")
-Program = Callable[[Options], None]
+Result = TypeVar("Result")
 
 
-def takes(options: type[Options], **fixed: Any) -> Callable[[Program[Options]], Callable[..., None]]:
-    """Give a program of one `options` object a flag for every field that is not `fixed`.
+def takes(options: type[Options], **fixed: Any) -> Callable[[Callable[[Options], Result]], Callable[..., Result]]:
+    """Give a program of one `options` object a flag for every field that is not `fixed`; its result stays.
 
     Raises TypeError when a fixed name is not a field.
     """
@@ -50,10 +50,10 @@ def takes(options: type[Options], **fixed: Any) -> Callable[[Program[Options]], 
         if name not in fixed
     ]
 
-    def decorate(program: Program[Options]) -> Callable[..., None]:
+    def decorate(program: Callable[[Options], Result]) -> Callable[..., Result]:
         @wraps(program)
-        def command(**given: Any) -> None:
-            program(options(**given, **fixed))
+        def command(**given: Any) -> Result:
+            return program(options(**given, **fixed))
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

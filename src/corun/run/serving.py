@@ -11,36 +11,37 @@ import typer
 
 from corun import registry
 from corun.errors import InputError
+from corun.flags import takes
 
 
 @dataclass(frozen=True)
 class Serving:
-    """One service as its command line says; see `flags`."""
+    """One service as its command line says."""
 
-    model: str | None
-    port: int
-    host: str
-    address: str | None
-    device: str
-    threads: int
-    queue_limit: int
-    max_batch: int
-    max_delay_ms: float
-    deadline_ms: int
-    policy: str
-    precision: str
-    channels_last: bool
-    compile: bool
-    weights: str | None
-    image_size: int | None
-    num_classes: int | None
-    extra: str
-    out: Path | None
-    name: str | None
-    warmup: int
-    follow: Path | None
-    announce: str | None
-    parent: int | None
+    model: Annotated[str | None, typer.Option(help="model to serve; without it the server waits for LOAD")] = None
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = one that is free")] = 54100
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for other hosts")] = "127.0.0.1"
+    address: Annotated[str | None, typer.Option(help="instead of host and port, e.g. unix:/tmp/a.sock")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto"
+    threads: Annotated[int, typer.Option(min=1, help="intra-op threads")] = 1
+    queue_limit: Annotated[int, typer.Option(min=1, help="requests that may wait; more are rejected")] = 1024
+    max_batch: Annotated[int, typer.Option(min=1, help="dynamic batching: largest batch")] = 1
+    max_delay_ms: Annotated[float, typer.Option(min=0, help="dynamic batching: longest wait for a batch")] = 0.0
+    deadline_ms: Annotated[int, typer.Option(min=0, help="of requests that bring none; 0 = none")] = 0
+    policy: Annotated[str, typer.Option(help="order of the queue: fifo, sjf, edf, hrrn or hrrn-stale")] = "fifo"
+    precision: Annotated[str, typer.Option(help=", ".join(registry.PRECISIONS))] = "fp32"
+    channels_last: Annotated[bool, typer.Option("--channels-last")] = False
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile")] = False
+    weights: Annotated[str | None, typer.Option(help="default or a state dict file; else random")] = None
+    image_size: Annotated[int | None, typer.Option(min=1, help="side of the network's input")] = None
+    num_classes: Annotated[int | None, typer.Option(min=1)] = None
+    extra: Annotated[str, typer.Option(help="JSON object of options of one model family")] = "{}"
+    out: Annotated[Path | None, typer.Option(help="directory for infer_server/<name>.csv; default: no files")] = None
+    name: Annotated[str | None, typer.Option(help="name of the service; default: the model's")] = None
+    warmup: Annotated[int, typer.Option(min=0, help="examples run after a load")] = 3
+    follow: Annotated[Path | None, typer.Option(help="directory of published weights to take up as they come")] = None
+    announce: Annotated[str | None, typer.Option(help="PAGE:SLOT of a sharing policy's page")] = None
+    parent: Annotated[int | None, typer.Option(help="end when this process ends")] = None
 
     @property
     def label(self) -> str:
@@ -60,36 +61,10 @@ class Serving:
         return {name: value for name, value in given.items() if value is not None} | {"extra": _object(self.extra)}
 
 
-def flags(
-    model: Annotated[str | None, typer.Option(help="model to serve; without it the server waits for LOAD")] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = one that is free")] = 54100,
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for other hosts")] = "127.0.0.1",
-    address: Annotated[str | None, typer.Option(help="instead of host and port, e.g. unix:/tmp/a.sock")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="intra-op threads")] = 1,
-    queue_limit: Annotated[int, typer.Option(min=1, help="requests that may wait; more are rejected")] = 1024,
-    max_batch: Annotated[int, typer.Option(min=1, help="dynamic batching: largest batch")] = 1,
-    max_delay_ms: Annotated[float, typer.Option(min=0, help="dynamic batching: longest wait for a batch")] = 0.0,
-    deadline_ms: Annotated[int, typer.Option(min=0, help="of requests that bring none; 0 = none")] = 0,
-    policy: Annotated[str, typer.Option(help="order of the queue: fifo, sjf, edf, hrrn or hrrn-stale")] = "fifo",
-    precision: Annotated[str, typer.Option(help=", ".join(registry.PRECISIONS))] = "fp32",
-    channels_last: Annotated[bool, typer.Option("--channels-last")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile")] = False,
-    weights: Annotated[str | None, typer.Option(help="default or a state dict file; else random")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="side of the network's input")] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1)] = None,
-    extra: Annotated[str, typer.Option(help="JSON object of options of one model family")] = "{}",
-    out: Annotated[Path | None, typer.Option(help="directory for infer_server/<name>.csv; default: no files")] = None,
-    name: Annotated[str | None, typer.Option(help="name of the service; default: the model's")] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="examples run after a load")] = 3,
-    follow: Annotated[
-        Path | None, typer.Option(help="directory of published weights to take up as they come")
-    ] = None,
-    announce: Annotated[str | None, typer.Option(help="PAGE:SLOT of a sharing policy's page")] = None,
-    parent: Annotated[int | None, typer.Option(help="end when this process ends")] = None,
-) -> Serving:
+@takes(Serving)
+def flags(serving: Serving) -> Serving:
     """Serve one model; SIGTERM or Ctrl-C once drains and saves, Ctrl-C twice kills."""
-    return Serving(**locals())
+    return serving
 
 
 def _object(text: str) -> dict[str, Any]:
