@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,45 @@ def test_a_killed_process_is_the_end_of_both_sides(
     assert "trainer squeezenet1_1_8 was killed by SIGKILL" in faults
     assert len(_rows(run / "train.csv")) > 2
     assert _rows(run / "infer_client" / "null.csv")
+
+
+def _block(checkpoint: Path) -> None:
+    """Put a directory where the trainer writes its checkpoint at every epoch's end."""
+    while not checkpoint.is_dir():
+        checkpoint.unlink(missing_ok=True)
+        with suppress(FileExistsError):
+            checkpoint.mkdir()
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fails_is_a_named_fault_and_the_service_serves_on(
+    start: Start, free_port: Ports, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """The trainer's thread ends with its reason during the window; requests are answered until the window's end."""
+    config = write_config(
+        {
+            "train": [{**TRAIN, "data": "synthetic", "count": 32, "checkpoint": True}],
+            "infer": [FAST],
+            "duration_s": 10,
+            "port": free_port(),
+            "arms": ["corun"],
+            "sharing": TOGETHER,
+        }
+    )
+    program = start("main.py", "--config", config, "--no-report", "--quiet", "--out", tmp_path / "result")
+    checkpoint = Path(wait_until(lambda: next((tmp_path / "result").glob("*/checkpoint.pt"), None)))
+    run = checkpoint.parent
+    _block(checkpoint)
+    assert program.wait() == 1, program.output()
+    (fault,) = _manifest(run)["faults"]
+    assert fault.startswith(
+        "trainer squeezenet1_1_8 ended: error: trainer squeezenet1_1: cannot write the checkpoint"
+    )
+    last_step = max(int(row["t_end_ns"]) for row in _rows(run / "train.csv"))
+    rows = _rows(run / "infer_client" / "null.csv")
+    answered = [row for row in rows if row["status"] == "OK"]
+    assert len(answered) > 0.9 * len(rows)
+    assert max(int(row["t_rx_ns"]) for row in answered) > last_step
 
 
 def test_a_part_that_cannot_start_is_named(

@@ -160,3 +160,23 @@ def test_threads_of_one_process_compute_with_their_own_number() -> None:
         thread.join()
     torch.set_num_threads(before)
     assert seen == {"service": 1, "trainer": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "device"),
+    [
+        (["auto", "cuda", "cuda:0"], "cuda:0"),
+        (["cuda:1", "cuda:1"], "cuda:1"),
+        (["cuda", "cuda:1"], None),
+        (["cuda", "cpu"], None),
+        ([], None),
+    ],
+)
+def test_streams_belong_to_one_device(names: list[str], device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different spellings of one CUDA device are one; two devices, a CPU among them, or none are refused."""
+    monkeypatch.setattr(torch_tools, "resolve_device", lambda name: "cuda" if name == "auto" else name)
+    if device is None:
+        with pytest.raises(InputError, match="one CUDA device"):
+            torch_tools.one_cuda_device(names)
+    else:
+        assert torch_tools.one_cuda_device(names) == (torch, device)

@@ -290,11 +290,11 @@ def _watch(parts: Sequence[Part], stop: StopFlag, bell: int) -> int:
     """Name the parts that fail, pass a stop on, return when none is left."""
     told: set[str] = set()
     while not all(part.ended for part in parts):
-        select.select([bell] if stop.requested else [bell, stop.fileno()], [], [])
-        _silence(bell)
         if stop.requested:
             for part in parts:
                 part.stop.request()
+        select.select([bell] if stop.requested else [bell, stop.fileno()], [], [])
+        _silence(bell)
         _tell(parts, told)
     _tell(parts, told)
     return EXIT_FAILED if told else 0

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _MIB = 1024 * 1024
 _ENDED_STATES = frozenset({b"Z", b"X", b"x"})
+SEVERAL = "+"
 _NO_CHILDREN_OF = frozenset({"launcher", "profiler"})
 
 _STATE, _PPID, _MAJOR_FAULTS, _UTIME, _STIME, _THREADS, _RSS = 0, 1, 9, 11, 12, 17, 21
@@ -93,12 +94,21 @@ class ProcessProbe:
         return {"gpu_busy_ns": use.busy_ns, "gpu_mem_mib": use.memory_mib, "gpu_attr": "fdinfo"}
 
     def child_pids(self) -> list[int]:
-        """Processes its main thread started and that still live."""
+        """Processes its main thread started and that still live; any thread's, where several roles are one process."""
         if self._children is None or self.watched.role in _NO_CHILDREN_OF:
             return []
+        if SEVERAL in self.watched.role:
+            return self._children_of_all_threads()
         with contextlib.suppress(*READ_ERRORS):
             return [int(pid) for pid in self._children.read().split()]
         return []
+
+    def _children_of_all_threads(self) -> list[int]:
+        found: list[int] = []
+        for children in (self._directory / "task").glob("*/children"):
+            with contextlib.suppress(*READ_ERRORS):
+                found += [int(pid) for pid in children.read_bytes().split()]
+        return found
 
     def close(self) -> None:
         for part in (self._stat, self._children, self._threads, self._drm):

@@ -133,10 +133,9 @@ def test_lanes_need_one_cuda_device() -> None:
 
 
 @pytest.fixture
-def bell() -> Iterator[int]:
-    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-    yield fd
-    os.close(fd)
+def bell() -> int:
+    """Not closed at the end: a part rings after it has ended, when nobody may be waiting for it any more."""
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
 class Recorded:
@@ -291,6 +290,24 @@ def test_a_stop_reaches_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     threading.Timer(0.05, stop.request).start()
     makers = {"a": _until_stopped, "b": _until_stopped, "trainer": _until_stopped}
     assert _run(makers, monkeypatch, stop) == 0
+
+
+def test_a_stop_while_parts_start_ends_those_that_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal during a slow load: no further part is started, the one that loads is asked to end and waited for."""
+    stop, started = StopFlag(), []
+    original = Part.__init__
+
+    def init(self: Part, label: str, work: Any, is_ready: Any, bell: int) -> None:
+        original(self, label, work, lambda: False, bell)
+
+    def load(own: StopFlag) -> None:
+        started.append("a")
+        stop.request()
+        _until_stopped(own)
+
+    monkeypatch.setattr(Part, "__init__", init)
+    assert _run({"a": load, "trainer": lambda own: started.append("trainer")}, monkeypatch, stop) == 0
+    assert started == ["a"]
 
 
 def test_a_part_that_does_not_start_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,17 @@ def test_a_dead_child_is_never_adopted(tmp_path: Path) -> None:
     assert followed.kinds() == ["process_start"]
 
 
+def test_children_of_several_roles_in_one_process_may_have_any_thread_as_parent(tmp_path: Path) -> None:
+    """A trainer that is a thread starts its loader processes from that thread: they are followed all the same."""
+    machine = FakeMachine(tmp_path).process(10).process(11, ppid=10).children(10)
+    machine.write("/proc/10/task/17/children", "11 ")
+    followed = Followed(machine, Watched(10, "server+trainer", "a+b"))
+    followed.table.read()
+    assert (followed.row(11)["role"], followed.row(11)["name"]) == ("server+trainer", "a+b")
+    alone = Followed(machine, Watched(10, "server", "a"))
+    assert [row["pid"] for _ in range(2) for row in alone.table.read()] == [10, 10]
+
+
 def test_the_launchers_children_are_not_launchers(tmp_path: Path) -> None:
     """The launcher's children are named by the watch file, each with its own role."""
     machine = FakeMachine(tmp_path).process(10).process(11).children(10, 11)
