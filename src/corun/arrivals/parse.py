@@ -185,11 +185,11 @@ def _arguments(name: str, builder: Callable[..., Process], given: Mapping[str, V
 
 def _typed(key: str, wanted: str, value: Value, name: str) -> Value:
     """`value` as a `wanted` ("float", "int" or "str") without loss."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if wanted == "float" and (isinstance(value, float) or abs(value) <= sys.float_info.max):
-            return float(value)
-        if wanted == "int" and (isinstance(value, int) or value.is_integer()):
-            return int(value)
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if wanted == "float" and number is not None and (isinstance(number, float) or abs(number) <= sys.float_info.max):
+        return float(number)
+    if wanted == "int" and number is not None and (isinstance(number, int) or number.is_integer()):
+        return int(number)
     if wanted == "str" and isinstance(value, str) and "\0" not in value:
         return value
     words = {"float": "a number", "int": "a whole number", "str": "text"}[wanted]

@@ -74,7 +74,7 @@ def test_requests_need_no_torch() -> None:
         "assert not {'torch', 'transformers', 'sklearn', 'peft'} & set(sys.modules)"
     )
     root = Path(__file__).resolve().parents[3]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_a_generating_model_gets_text_by_default() -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from corun.ectrans import commands_model
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 app = typer.Typer(pretty_exceptions_enable=False)
 commands_model.register(app)
 

@@ -17,6 +17,7 @@ from corun.ectrans.encode import Encoder
 from corun.ectrans.tokens import Tokenizer
 from corun.errors import InputError
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 TOLERANCE = 1e-4
 SEARCH = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

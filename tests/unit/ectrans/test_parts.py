@@ -20,6 +20,7 @@ from corun.ectrans.encode import sentence_bytes
 from corun.ectrans.tokens import Tokenizer
 from corun.errors import InputError
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 ROWS = [[5, 6, 7, 1], [9, 10, 11, 12, 13, 1], [20, 1]]
 PACKAGE = Path(build.__file__).parent
 

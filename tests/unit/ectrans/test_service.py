@@ -23,6 +23,7 @@ from corun.serve.packing import RULES as PACKINGS
 from corun.serve.packing import Limits
 from corun.wire import Status
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 TEXTS = tiny_sentences(23)
 WAYS = [
     ("multitask", "no-cache", 1),

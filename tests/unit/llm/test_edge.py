@@ -19,6 +19,7 @@ from corun.llm.generate import Prompt, generate
 from corun.llm.items import Item, make_items, prompt_ids, read_items
 from corun.llm.learn import LearnOptions, new_learner
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 ROOT = Path(__file__).resolve().parents[3]
 FAST = EdgeOptions(new_tokens=5, sharing="thread", lr=0.05, epochs=3)
 ITEMS = make_items([["hello"], ["hi"]], ["yes", "no"])

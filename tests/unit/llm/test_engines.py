@@ -21,6 +21,7 @@ from corun.llm.generate import Prompt, generate
 from corun.llm.learn import LearnOptions, new_learner
 from corun.serve.batcher import Batcher
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 PROMPTS = [Prompt([3 + (7 * i + 3 * j) % 250 for j in range(4 + 3 * i)], 4 + 3 * i) for i in range(6)]
 ENGINES = ["static", "continuous"]
 

@@ -21,6 +21,7 @@ from corun import images, registry, torch_tools
 from corun.errors import InputError
 from corun.registry import ModelOptions
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 deeplab = registry.load_plugin("models", "deeplab")
 SMALL = "deeplabv3_mobilenet_v3_large"
 SIZE = 64

@@ -11,6 +11,7 @@ from corun.predict.levels import BASELINE, Level, fit
 from corun.predict.series import request_series, window_series
 from corun.predict.synthetic import ar, poisson, seasonal
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 MODELS = ("lstm", "dlinear")
 SETTINGS = Settings(seq_len=30, epochs=12, batch_size=128, patience=3)
 

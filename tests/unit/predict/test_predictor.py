@@ -18,6 +18,7 @@ from corun.predict.data import NS, Requests
 from corun.predict.predictor import RequestPredictor
 from corun.predict.synthetic import poisson, seasonal
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 Trained = tuple[RequestPredictor, list[Path]]
 FIELDS = {"inter_arrival_s", "request_tokens", "response_tokens"}
 

@@ -20,6 +20,7 @@ from corun.run.read import Run, read
 from corun.stats.intervals import Interval
 from corun.testing.runs import FakeRun, FakeService, FakeTrain, write_run, write_sweep
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 SHORT = {"alone": 4.0, "train": 2.0, "corun": 4.0}
 
 

@@ -23,6 +23,7 @@ from corun.run.table import TableWriter
 from corun.serve.loop import INFER_LOOP
 from corun.testing.runs import FakeRun, FakeService, FakeTrain, write_run, write_sweep
 
+pytestmark = pytest.mark.timeout(600)  # a guard against hanging, wide enough for a machine with ten times the work
 SHORT = {"alone": 4.0, "train": 2.0, "corun": 4.0}
 VOID = {"meta", "link", "img", "source", "br", "input"}
 LOADING = {"src", "srcset", "href", "data", "poster", "action"}
