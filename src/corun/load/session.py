@@ -88,7 +88,7 @@ class Session:
 
     def run(self) -> None:
         """Say HELLO and serve until the end."""
-        self._channel.request(self._hello())
+        self._channel.introduce(self._hello())
         while not self._over:
             self._answer()
             if self._start:

@@ -35,8 +35,8 @@ class Control:
         self.ended = ""
 
     def hello(self, info: dict[str, object]) -> None:
-        """Say who this is; PeerClosed when the launcher does not answer."""
-        self._channel.request(
+        """Say who this is; PeerClosed when the launcher has gone."""
+        self._channel.introduce(
             Hello(
                 role="profiler",
                 name="profiler",

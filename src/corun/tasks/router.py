@@ -61,6 +61,7 @@ from corun.wire import (
 )
 from corun.wire.frames import NO_STAMPS
 from corun.wire.messages import Hello
+from corun.wire.sockets import meets_itself
 
 __all__ = ["Router", "RouterOptions"]
 
@@ -430,7 +431,7 @@ class Router:
         if sock is None:
             return
         self._unwatch(sock.fileno())
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or meets_itself(sock):
             sock.close()
             self._failed(link)
             return

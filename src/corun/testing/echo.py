@@ -72,14 +72,19 @@ class EchoServer:
         self.address = Address("unix", name) if isinstance(name, str) else Address("tcp", name[0], name[1])
         self._connections: list[socket.socket] = []
         self._over = False
+        self._thread = threading.Thread(target=self.serve, daemon=True)
 
     def __enter__(self) -> EchoServer:
-        threading.Thread(target=self.serve, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        """End the accepting thread, then close what it used: its blocked accept would go on with another's descriptor."""
         self._over = True
         self.go_on.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         for sock in (self._listener, *self._connections):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

@@ -97,7 +97,7 @@ class Session:
             clock_ns=now_ns(),
             info={**self._trainer.describe(), **self._facts},
         )
-        self._channel.request(hello)
+        self._channel.introduce(hello)
         self._trainer.gate.attend = self._attend
         while not self._stop.requested and self._answer():
             if self._due():

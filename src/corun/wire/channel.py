@@ -28,7 +28,7 @@ from corun.wire.frames import (
     unpack_reply,
     unpack_request,
 )
-from corun.wire.messages import Clock, Message, decode, decode_body, encode, kind_of
+from corun.wire.messages import Clock, Hello, Message, decode, decode_body, encode, kind_of
 
 CLOCK_PROBES = 16
 
@@ -77,6 +77,13 @@ class Channel:
         Raises PeerClosed (gone, or no answer in timeout_s) or RunFault (the peer answered with an error).
         """
         return self.wait_reply(self.send(message), timeout_s)
+
+    def introduce(self, hello: Hello) -> None:
+        """Say HELLO to the launcher and wait for its answer, however long that takes.
+
+        It accepts its processes when the slowest of them has loaded its model. Raises PeerClosed when it has gone.
+        """
+        self.request(hello, None)
 
     def receive(self, timeout_s: float | None = None) -> tuple[RequestHeader, Message] | None:
         """The next request, or None when none came within timeout_s (0 = only look)."""

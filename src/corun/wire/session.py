@@ -57,7 +57,7 @@ class Session:
 
     def run(self) -> None:
         """Say HELLO and serve until the end; PeerClosed when nobody answers the HELLO."""
-        self._channel.request(self._hello)
+        self._channel.introduce(self._hello)
         while self._goes_on():
             if self._due():
                 self._run_window()

@@ -122,7 +122,8 @@ def connect(address: Address, timeout_s: float = 5.0, retry: bool = False) -> so
         sock.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             sock.connect(address.target)
-            _refuse_oneself(sock)
+            if meets_itself(sock):
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         except OSError as error:
             sock.close()
             if retry and time.monotonic() + RETRY_EVERY_S < deadline:
@@ -136,7 +137,12 @@ def connect(address: Address, timeout_s: float = 5.0, retry: bool = False) -> so
         return sock
 
 
-def _refuse_oneself(sock: socket.socket) -> None:
-    """A port of the ephemeral range that nobody listens on may be the one this socket was given: it then meets itself."""
-    if sock.family != socket.AF_UNIX and sock.getsockname() == sock.getpeername():
-        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+def meets_itself(sock: socket.socket) -> bool:
+    """Whether a connected socket is its own peer.
+
+    A port of the ephemeral range that nobody listens on may be the very one this socket was given; the kernel then
+    connects the two, and while that lasts no server can have the port.
+    """
+    with contextlib.suppress(OSError):
+        return sock.family != socket.AF_UNIX and sock.getsockname() == sock.getpeername()
+    return False

@@ -15,6 +15,7 @@ from corun import __version__
 from corun.clock import now_ns
 from corun.errors import InputError, PeerClosed, RunFault
 from corun.serve import ServableEngine
+from corun.serve.server import IDLE_JOIN_S
 from corun.wire import Address, Kind, Status, pack_reply, pack_request
 from corun.wire.frames import NO_STAMPS
 from corun.wire.messages import Arm, Drain, Hello, Load, Start, Stats, Stop, Warmup
@@ -461,6 +462,22 @@ def test_a_dead_model_thread_ends_the_server() -> None:
         serving.join()
     assert isinstance(serving.error, RunFault)
     assert "the policy broke" in str(serving.error)
+
+
+def test_a_model_thread_with_nothing_to_do_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a busy model is left behind at the end; an idle one may need a while to be scheduled."""
+    with Serving() as serving:
+        worker, waited = serving.server.worker, []
+        join = worker.join
+
+        def remember(timeout_s: float) -> bool:
+            waited.append(timeout_s)
+            return join(timeout_s)
+
+        monkeypatch.setattr(worker, "join", remember)
+        serving.stop()
+    assert waited == [IDLE_JOIN_S]
+    assert not serving.server.abandoned
 
 
 def test_a_port_in_use_is_bad_input() -> None:

@@ -84,7 +84,7 @@ class Running:
             if condition(figures):
                 return figures
             time.sleep(0.005)
-        raise AssertionError(figures)
+        raise AssertionError((figures, self.said))
 
     def join(self) -> None:
         self._thread.join(60)
@@ -153,13 +153,23 @@ def silent_server() -> Iterator[tuple[Address, Callable[[], None]]]:
     def die() -> None:
         while not socks:
             time.sleep(0.001)
-        listener.close()
+        _end(listener, thread)
         for sock in socks:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    threading.Thread(target=serve, daemon=True).start()
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
     yield Address("tcp", "127.0.0.1", listener.getsockname()[1]), die
+    _end(listener, thread)
+
+
+def _end(listener: socket.socket, thread: threading.Thread) -> None:
+    """Close a listener that a thread accepts from: a blocked accept would outlive it and take another one's place."""
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(60)
+    assert not thread.is_alive()
     listener.close()
 
 
@@ -235,6 +245,34 @@ def test_a_replica_that_comes_back_is_used_again(running: Callable[..., Running]
     client.send(1)
     with EchoServer(address=address):
         assert client.replies(1)[0].header.status == Status.OK
+
+
+class _FromThePortItself(socket.socket):
+    """Is given the very port it connects to, as the kernel does once in some thousand times."""
+
+    def connect_ex(self, address: Any) -> int:
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.bind(address)
+        return super().connect_ex(address)
+
+
+def test_a_router_never_takes_itself_for_a_replica(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that meets itself on the port of a replica that is gone is given up, so that it can come back."""
+    router = running()
+    with EchoServer() as gone:
+        address = gone.address
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", _FromThePortItself)
+        router.control.add("a", address)
+        deadline = time.monotonic() + 60
+        while router.router.routing.replicas["a"].link.failures < 1 and time.monotonic() < deadline:
+            time.sleep(0.005)
+    figures = router.until(lambda figures: not figures.replicas[0].connected)
+    assert figures.replicas[0].state == "down"
+    with EchoServer(address=address):
+        router.until(lambda figures: figures.replicas[0].state == "ready")
 
 
 def test_a_drained_replica_is_forgotten_once_it_has_answered(running: Callable[..., Running]) -> None:
@@ -389,7 +427,10 @@ def talking_server() -> Iterator[tuple[Address, list[Any]]]:
     received: list[Any] = []
 
     def serve() -> None:
-        sock = listener.accept()[0]
+        try:
+            sock = listener.accept()[0]
+        except OSError:
+            return
         reader = RequestReader()
         with contextlib.suppress(PeerClosed, OSError), sock:
             while True:
@@ -405,8 +446,11 @@ def talking_server() -> Iterator[tuple[Address, list[Any]]]:
                     elif header.kind == Kind.CANCEL:
                         sock.sendall(pack_reply(Kind.REPLY, header.stream, header.id, Status.CANCELLED, NO_STAMPS, 0))
 
-    threading.Thread(target=serve, daemon=True).start()
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
     yield Address("tcp", "127.0.0.1", listener.getsockname()[1]), received
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
 

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from corun.arrivals import ROW, Schedule
 from corun.clock import now_ns
 from corun.errors import FrameError, PeerClosed, RunFault
+from corun.load.session import Session as ClientSession
+from corun.load.timing import Timing
+from corun.profile.control import Control
 from corun.wire import Kind, pack_reply, pack_request
 from corun.wire.channel import Channel, answer_clock
 from corun.wire.frames import NO_STAMPS
-from corun.wire.messages import Clock, Hello, Stats, Stop, Warmup
+from corun.wire.messages import Clock, Hello, Message, Stats, Stop, Warmup
+from corun.wire.session import Session as WorkerSession
+
+CLIENT = SimpleNamespace(
+    options=SimpleNamespace(service="a", stream=0),
+    target=SimpleNamespace(model="null", device="cpu"),
+    timing=Timing("timerfd", "other"),
+)
 
 
 @pytest.fixture
@@ -71,6 +85,37 @@ def test_an_unknown_status_is_a_failure_too(ends: tuple[Channel, Channel]) -> No
     far.sock.sendall(pack_reply(Kind.STOP, 0, id, 77, NO_STAMPS, 0))
     with pytest.raises(RunFault, match="77"):
         near.wait_reply(id, 1.0)
+
+
+class Recording(Channel):
+    """Remembers how long each question may take, and has nobody to answer it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.asked: list[tuple[str, float | None]] = []
+
+    def request(self, message: Message, timeout_s: float | None = 30.0) -> dict[str, Any]:
+        self.asked.append((type(message).__name__, timeout_s))
+        raise PeerClosed("nobody")
+
+
+@pytest.mark.parametrize(
+    "say_hello",
+    [
+        lambda channel: WorkerSession(channel, Hello("worker"), None, None).run(),  # type: ignore[arg-type]
+        lambda channel: ClientSession(CLIENT, Schedule(np.zeros(0, ROW)), channel, None).run(),  # type: ignore[arg-type]
+        lambda channel: Control(channel, lambda: None).hello({}),  # type: ignore[arg-type, return-value]
+    ],
+    ids=["worker", "client", "profiler"],
+)
+def test_a_process_waits_for_its_launcher_as_long_as_others_take_to_start(
+    say_hello: Callable[[Channel], None], ends: tuple[Channel, Channel]
+) -> None:
+    """HELLO has no time limit: the launcher accepts the first process when the last model is loaded."""
+    channel = Recording(ends[0].sock)
+    with pytest.raises(PeerClosed, match="nobody"):
+        say_hello(channel)
+    assert channel.asked == [("Hello", None)]
 
 
 def test_no_answer_in_time_is_an_error(ends: tuple[Channel, Channel]) -> None:
