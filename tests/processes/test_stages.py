@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.processes.tools import SRC, Ports
+from tests.processes.tools import SRC, PortBlocks
 
 from corun.report.stages import NAMES, STAGES, stage_ms
 from corun.run.read import Table, read, select
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four null services on one host, one run: alone, batched, with a service time, with one request in flight."""
     folder = tmp_path_factory.mktemp("stages")
     command = [sys.executable, str(SRC / "main.py"), "--config", str(folder / "config.json"), "--quiet"]
-    with Ports() as ports:
+    with PortBlocks() as ports:
         config = {"infer": [SERVICES], "duration_s": 3, "port": ports.take(len(SERVICES)), "calibrate": False}
         (folder / "config.json").write_text(json.dumps(config))
         done = subprocess.run(
