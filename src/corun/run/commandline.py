@@ -7,6 +7,7 @@ A function with typer's annotations and a value as its result describes the flag
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -42,7 +43,7 @@ def read(flags: Callable[..., T], argv: Sequence[str]) -> T:
     app.command()(keep)
     try:
         typer.main.get_command(app).main(args=list(argv), standalone_mode=False)
-    except Exception as error:
+    except Exception as error:  # click's usage errors; typer brings a click of its own, so they have no one class
         sentence: Callable[[], str] | None = getattr(error, "format_message", None)
         if sentence is None:
             raise
@@ -50,3 +51,14 @@ def read(flags: Callable[..., T], argv: Sequence[str]) -> T:
     if not found:
         raise InputError("it asks for help instead of work")
     return found[0]
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """The value of a flag that takes a JSON object; InputError names the flag."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{flag} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{flag} is not a JSON object such as '{{\"name\": 1}}': {text}")
+    return value

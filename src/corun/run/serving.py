@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from corun import registry
-from corun.errors import InputError
 from corun.flags import takes
+from corun.run.commandline import json_object
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,18 @@ class Serving:
         """InputError when there is no such model or --extra is no JSON object; nothing heavy is imported."""
         if self.model:
             registry.model(self.model)
-        _object(self.extra)
+        json_object("--extra", self.extra)
 
     @property
     def model_options(self) -> dict[str, Any]:
         """What a LOAD of its model says; InputError when --extra is no JSON object."""
         given = {"weights": self.weights, "image_size": self.image_size, "num_classes": self.num_classes}
-        return {name: value for name, value in given.items() if value is not None} | {"extra": _object(self.extra)}
+        return {name: value for name, value in given.items() if value is not None} | {
+            "extra": json_object("--extra", self.extra)
+        }
 
 
 @takes(Serving)
 def flags(serving: Serving) -> Serving:
     """Serve one model; SIGTERM or Ctrl-C once drains and saves, Ctrl-C twice kills."""
     return serving
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--extra is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"--extra is not a JSON object, e.g. '{{\"conf\": 0.25}}': {text}")
-    return value

@@ -9,7 +9,6 @@ whose latency says how long an inference takes and nothing about how long a requ
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from corun.clock import NS_PER_MS, NS_PER_S, anchor, now_ns
 from corun.errors import InputError, guard
 from corun.process import StopSignal, die_with_parent, set_threads
 from corun.registry import DataOptions, ModelOptions, Payload
+from corun.run.commandline import json_object
 from corun.run.records import INFER_SERVER, Column, Table
 from corun.run.table import EventLog, TableWriter
 from corun.serve.connection import Connection
@@ -219,7 +219,7 @@ def main(
         set_threads(threads)
         chosen = registry.model(model)
         placement = ModelOptions(device=device, precision=precision, channels_last=channels_last, compile=compile)
-        given = {"weights": weights, "image_size": image_size, "seed": seed, "extra": _object(extra)}
+        given = {"weights": weights, "image_size": image_size, "seed": seed, "extra": json_object("--extra", extra)}
         load = Load(model, {key: value for key, value in given.items() if value is not None})
         engine = load_engine(load, placement, threads)
         side = image_size or chosen.image_size or DataOptions().image_size
@@ -266,16 +266,6 @@ def _hello(loop: InferenceLoop, load: Load, threads: int) -> Hello:
             "options": load.options,
         },
     )
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--extra is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"--extra is not a JSON object, e.g. '{{\"conf\": 0.25}}': {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -16,7 +15,7 @@ from corun.clock import now_ns
 from corun.errors import InputError, RunFault, suggest
 from corun.process import StopFlag, StopSignal, available_cores, die_with_parent, set_threads
 from corun.registry import PRECISIONS
-from corun.run.commandline import program
+from corun.run.commandline import json_object, program
 from corun.train.options import OPTIMIZERS, PublishOptions, TrainOptions
 
 if TYPE_CHECKING:
@@ -88,11 +87,11 @@ def flags(
     known = {item.name for item in fields(TrainOptions)}
     job: dict[str, Any] = {name: value for name, value in locals().items() if name in known}
     job |= {
-        "extra": _json_object("--extra", extra),
+        "extra": json_object("--extra", extra),
         "frozen_statistics": freeze_statistics,
-        "publish": _publish_options(_json_object("--publish", publish)),
+        "publish": _publish_options(json_object("--publish", publish)),
     }
-    gating = _json_object("--gate-options", gate_options)
+    gating = json_object("--gate-options", gate_options)
     return Training(TrainOptions(**job), threads, steps, out, control, gate, gating, memory_fraction)
 
 
@@ -103,16 +102,6 @@ def main(training: Training) -> None:
         die_with_parent()
     with StopSignal() as stop:
         run(training, stop)
-
-
-def _json_object(flag: str, text: str) -> dict[str, object]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{flag} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{flag} must be a JSON object")
-    return value
 
 
 def _publish_options(given: dict[str, object]) -> PublishOptions | None:

@@ -73,7 +73,7 @@ def test_errors_of_a_program_are_sentences(capsys: pytest.CaptureFixture[str]) -
 
     done = CliRunner().invoke(training.app, ["--model", "resnet18", "--extra", "[]"])
     assert done.exit_code == 2
-    assert "--extra must be a JSON object" in done.output
+    assert "--extra is not a JSON object" in done.output
 
 
 def test_a_trainers_flags_are_its_options() -> None:
