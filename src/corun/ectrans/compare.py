@@ -43,6 +43,7 @@ RATIOS = ("A", "B", "metric", "median", "lo", "hi", "n")
 START_S = 300.0
 WARM_UP_REQUESTS = 4
 REPLICATES = 2000
+LEAST_ALONE_S = 2.0
 Figures = dict[str, float]
 
 
@@ -459,12 +460,15 @@ def corun(settings: Settings, say: Say) -> list[Ratio]:
 
 
 def _beside(trainer: Trainer, server: Served, load: Sequence[client.Request]) -> Figures:
-    """One load while the trainer runs; train_x: its steps a second over those alone."""
+    """One load while the trainer runs; train_x: its steps a second over those alone, in LEAST_ALONE_S or longer.
+
+    A short load is over before a step alone is, and a speed of none is no base.
+    """
     with trainer.running():
         start_ns = now_ns()
         figures = server.load(load)
         stop_ns = now_ns()
-    alone = trainer.alone((stop_ns - start_ns) / NS_PER_S)
+    alone = trainer.alone(max(LEAST_ALONE_S, (stop_ns - start_ns) / NS_PER_S))
     return figures | {"train_x": trainer.steps_per_s(start_ns, stop_ns) / alone if alone else float("nan")}
 
 
