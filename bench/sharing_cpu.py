@@ -6,8 +6,9 @@
 A restart between policies would compare caches, pages and moods of the machine, so policies are switched on running
 processes: cgroup and cores thread by thread, the gate's mode and knobs on the shared page. What cannot be switched has
 processes of its own: the service with one thread and with all cores (`default`), service and trainer as threads of one
-process (`one_process`), and trainers whose OpenMP threads spin or sleep (passive), nice and idle ones among them, since
-nobody but root may take a thread back from there. Whoever is not in a segment sleeps in a system call.
+process (`one_process`), and trainers whose OpenMP threads spin or sleep (passive), that look at their gate between layers
+(`elastic`), nice and idle ones among them, since nobody but root may take a thread back from there. Whoever is not in a
+segment sleeps in a system call.
 
 Foreign load is what the machine was busy with that was neither ours nor idle (corun.share.foreign).
 """
@@ -44,13 +45,13 @@ from corun.share.gates import GateOptions
 from corun.share.host import Host
 from corun.share.openmp import waiting
 from corun.share.page import Knobs, Page
-from corun.share.policy import Cast, Member, Rule
+from corun.share.policy import Cast, Member, Rule, least_threads
 from corun.share.sharing import GATE, Sharing, merge_rules, survey
 from corun.share.start import Setup
 from corun.wire.messages import Warmup
 from corun.wire.sockets import Address
 
-SERVICE_MODEL, SERVICE_SIZE = "resnet18", 96
+SERVICE_MODEL, SERVICE_SIZE = "resnet18", 64
 TRAIN_MODEL, TRAIN_SIZE, BATCH = "resnet18", 32, 64
 JOB = Train(
     arch=TRAIN_MODEL,
@@ -72,7 +73,7 @@ SEED = 20240921
 ARMS = {"alone": "alone", "train": "train"}
 
 ONE, ALL, TOGETHER = "one thread", "all cores", "one process"
-SPINNING, PASSIVE = "spinning", "passive"
+SPINNING, PASSIVE, LAYERS = "spinning", "passive", "-layers"
 KINDS = {
     SPINNING: Setup(),
     PASSIVE: Setup(),
@@ -93,6 +94,10 @@ def cpu_specs(alone_p99_ms: float) -> dict[str, Spec]:
         "nice": {"policy": "nice"},
         "idle": {"policy": "idle"},
         "cgroup": {"policy": "cgroup"},
+        "elastic": {"policy": "elastic"},
+        "nice+elastic": {"policy": "nice+elastic"},
+        "idle+elastic": {"policy": "idle+elastic"},
+        "cgroup+elastic": {"policy": "cgroup+elastic"},
         "partition": {"policy": "partition"},
         "throttle": {"policy": "throttle", "duty": 0.5},
         "slo": {"policy": "slo", "slo_ms": slo_ms, "window_s": 1.0},
@@ -245,17 +250,26 @@ def _start_clients(stage: Players, schedule: Path, rate: float) -> None:
 def _start_trainers(stage: Players, parts: Mapping[str, Part]) -> None:
     """One trainer of each kind, with one gate that serves every cooperative policy: the page's mode chooses."""
     rule = merge_rules(part.sharing.rule for part in parts.values() if part.sharing)
-    options = {"page": str(stage.page.path), **(rule.options if rule else {})}
+    options = {"page": str(stage.page.path), **(rule.options if rule else {}), **_limits(parts, stage)}
     known = {name: value for name, value in options.items() if name in GateOptions.__dataclass_fields__}
     wanted = dict.fromkeys(part.trainer for part in parts.values() if part.trainer)
     started = {}
     for kind in (kind for kind in wanted if kind not in stage.trainers):
         argv, environment = _trainer(stage, kind)
         argv = [*argv, "--gate", GATE, "--gate-options", json.dumps(known)]
+        argv += ["--layer-gate"] if kind.endswith(LAYERS) else []
         environment = {**environment, **waiting(kind.startswith(PASSIVE))}
-        started[kind] = stage.family.start("trainer", kind, KINDS[kind].command(argv), environment)
+        setup = KINDS[kind.removesuffix(LAYERS)]
+        started[kind] = stage.family.start("trainer", kind, setup.command(argv), environment)
     stage.trainers |= started
     stage.control.wait_for(list(started.values()), stage.family, START_S)
+
+
+def _limits(parts: Mapping[str, Part], stage: Players) -> dict[str, Any]:
+    """What a gate is told of the machine and of the services by their slots on the page."""
+    fewest = [least_threads(part.sharing.cast) for part in parts.values() if part.sharing]
+    cores = len(stage.host.cores)
+    return {"least_threads": max(fewest, default=0), "cores": cores, "service_threads": [1, cores, 1]}
 
 
 def _trainer(stage: Players, kind: str) -> commands.Command:
@@ -295,7 +309,7 @@ def _kind(sharing: Sharing) -> str:
     kind = (PASSIVE if passive else SPINNING) + ("-idle" if setup.idle else "-nice" if setup.nice else "")
     if kind not in KINDS:
         raise InputError(f"there is no {kind} trainer in this benchmark; it has {', '.join(KINDS)}")
-    return kind
+    return kind + (LAYERS if sharing.rule and sharing.rule.layers else "")
 
 
 @contextmanager

@@ -280,6 +280,30 @@ def test_drain_and_stop_reach_a_held_trainer(preempted: tuple[RunningTrainer, Sh
 
 
 @pytest.mark.slow
+def test_an_elastic_trainer_goes_on_with_fewer_threads_beside_a_request(tmp_path: Path) -> None:
+    """Steps are made while a request is pending, with a thread less; the thread is back when it is answered."""
+    trains = replace(TRAINER, threads=2)
+    with Sharing.prepare("elastic", replace(CAST, trainer=trains)) as sharing:
+        trainer = RunningTrainer(sharing, tmp_path, "--threads", "2")
+        sharing.started({trains: trainer.process.pid})
+        sharing.enter("corun")
+        trainer.window(600)
+        trainer.wait_for_steps(1)
+        assert trainer.stats()["gate_fewer_threads"] == 0
+        service = Announcer(_page(sharing), 0)
+        service.on_request()
+        trainer.wait_for_steps(trainer.steps() + 2)
+        assert int(str(trainer.stats()["gate_fewer_threads"])) > 0
+        service.on_reply()
+        trainer.wait_for_steps(trainer.steps() + 1)
+        settled = trainer.stats()["gate_fewer_threads"]
+        trainer.wait_for_steps(trainer.steps() + 2)
+        assert trainer.stats()["gate_fewer_threads"] == settled
+        service.close()
+        trainer.end()
+
+
+@pytest.mark.slow
 def test_a_trainer_started_by_hand_says_what_is_wrong_with_its_gate(tmp_path: Path) -> None:
     """A page that is gone ends with a sentence and exit code 2, not a traceback."""
     base = [sys.executable, "-m", "corun.train", "--model", "resnet18", "--data", "synthetic", "--steps", "1"]

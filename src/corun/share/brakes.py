@@ -31,6 +31,7 @@ class Mode(IntFlag):
     SLO = 2
     PREDICTIVE = 4
     SLACK = 8
+    ELASTIC = 16
 
 
 @dataclass

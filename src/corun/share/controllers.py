@@ -1,11 +1,13 @@
 """How much training a latency bound leaves room for: feedback controllers as pure functions of what was seen.
 
 A controller turns the p99 of the last window into an *effort* u in [floor, 1]. The effort is not the duty: how
-often a request meets the trainer (duty) matters less than how long it then waits (the micro-step), so the ladder
-first cuts the step finer and only then lets the trainer rest::
+often a request meets the trainer (duty) matters less than how long it then waits (the micro-step) or what it has to
+share while both run (the cores), so the ladder first cuts the step finer and gives up cores, and only then rests::
 
     u   1 ──────────────── 1/2 ─────────────── floor
-        micro 1 ... micro_max   duty 1 ... duty 2u       (log scale)  (linear)
+        micro 1 ... micro_max   duty 1 ... duty 2u       (log scale)  (linear)      a device that does not preempt
+    u   1 ──────────────── 2/T ─────────────── floor
+        threads T ... 2    one thread, duty 1 ... Tu/2   (whole threads)  (linear)      T cores
 
 On a 2-core machine an AIMD on the duty alone met its bound at 0.46 of the training speed where 0.74 met it without
 any control. AIMD: Chiu & Jain 1989; the growing increase while nothing is harmed follows TGS (NSDI 2023); that growth
@@ -183,21 +185,25 @@ def make_controller(name: str, slo_ms: float, margin: float, floor: float) -> Co
     raise InputError(f'controller "{name}" is unknown: use {" or ".join(CONTROLLERS)}')
 
 
-def ladder(effort: float, base: Knobs, micro_max: int) -> Knobs:
-    """The knobs of an effort in (0, 1]: the upper half buys finer micro-steps, the lower half rest.
+def ladder(effort: float, base: Knobs, micro_max: int, least_threads: int = 0) -> Knobs:
+    """The knobs of an effort in (0, 1]: finer micro-steps and fewer threads first, rest last.
 
-    base: what full effort means (its micro and threads are kept as the least). Where steps cannot be cut finer than
-    that, all of the effort is duty. Monotone in the effort: less effort never means coarser steps or more duty.
+    base: what full effort means. micro_max: parts a step may be cut into. least_threads: threads the trainer may be cut
+    down to, 0 = its threads are left alone. Where neither can change, all of the effort is duty. Monotone: less effort
+    never means coarser steps, more threads or more duty.
     """
     if effort >= 1:
         return base
     finest = max(base.micro, micro_max)
-    if finest == base.micro:
-        return replace(base, duty=base.duty * effort)
     fineness = min(1.0, (1 - effort) / _HALF)
     micro = min(finest, math.ceil(base.micro * (finest / base.micro) ** fineness - 1e-9))
-    duty = base.duty * min(1.0, effort / _HALF)
-    return replace(base, micro=micro, duty=duty)
+    if 0 < least_threads < base.threads:
+        capacity, last = effort * base.threads, least_threads + 1
+        if capacity + 1e-9 >= last:
+            return Knobs(micro, base.duty, math.floor(capacity + 1e-9))
+        return Knobs(micro, base.duty * capacity / last, least_threads)
+    rest = effort if finest == base.micro else min(1.0, effort / _HALF)
+    return replace(base, micro=micro, duty=base.duty * rest)
 
 
 def percentile_ms(latencies_ns: Sequence[int], percent: float = 99.0) -> float | None:

@@ -12,8 +12,8 @@ is held: it lets a session answer its launcher, and returns True to let go at on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgspec
@@ -32,7 +32,8 @@ class GateOptions:
     """What a trainer's `--gate-options` may say; times with their unit, 0 = off.
 
     page: path of the shared page. mode: bits of brakes.Mode to start with. slo_ms, window_s: slo and slack.
-    margin, controller, floor: the slo policy. micro_max: finest split of a step that may be asked for.
+    margin, controller, floor: the slo policy. micro_max: finest split of a step that may be asked for. least_threads:
+    threads the trainer may be cut down to. cores, service_threads (by slot): the elastic policy.
     forecaster, history, forecast_s, low, high: the predictive policy. max_wait_ms: see Brakes. stale_ms: see Page.
     """
 
@@ -44,6 +45,9 @@ class GateOptions:
     floor: float = FLOOR
     window_s: float = 5.0
     micro_max: int = 1
+    least_threads: int = 0
+    cores: int = 0
+    service_threads: tuple[int, ...] = ()
     forecaster: str = "ewma"
     history: str = ""
     forecast_s: float = 1.0
@@ -63,6 +67,7 @@ class Counted:
     stale: int = 0
     let_go: int = 0
     windows: int = 0
+    fewer: int = 0
 
 
 class PageGate:
@@ -80,12 +85,18 @@ class PageGate:
         stale_ns: int = STALE_AFTER_NS,
         clock: Callable[[], int] = now_ns,
         sleep: Callable[[int, int], None] | None = None,
+        least_threads: int = 0,
+        cores: int = 0,
+        service_threads: Sequence[int] = (),
     ) -> None:
         self.attend: Callable[[], bool] = _never
         self.counted = Counted()
         self._page = page
         self._steerings = steerings or {}
         self._micro_max = micro_max
+        self._least_threads = least_threads
+        self._cores = cores
+        self._service_threads = service_threads
         self._stale_ns = stale_ns
         self._clock = clock
         self._sleep = sleep or page.sleep
@@ -148,8 +159,19 @@ class PageGate:
         return False
 
     def knobs(self) -> Knobs:
-        """What the next step should be like."""
-        return self._page.knobs
+        """What the next step should be like; under Mode.ELASTIC what the next layer should be."""
+        knobs = self._page.knobs
+        if self._page.busy and self._page.mode & Mode.ELASTIC:
+            threads = self._threads_left(knobs.threads or self._cores)
+            self.counted.fewer += threads != knobs.threads
+            return replace(knobs, threads=threads)
+        return knobs
+
+    def _threads_left(self, threads: int) -> int:
+        """Threads of the trainer beside those that the pending requests are computed with; never below 1."""
+        slots = self._page.waiting_slots(self._clock(), self._stale_ns)
+        taken = sum(self._service_threads[slot] for slot in slots if slot < len(self._service_threads))
+        return min(threads, max(1, self._cores - taken))
 
     def _steer(self, now: int) -> None:
         mode = Mode(self._page.mode)
@@ -172,7 +194,7 @@ class PageGate:
         if self._wheel:
             self._wheel.resume(now)
         elif steerings := {bit: make() for bit, make in self._steerings.items() if mode & bit}:
-            self._wheel = self._wheels[mode] = Wheel(steerings, self._page, self._micro_max, now)
+            self._wheel = self._wheels[mode] = Wheel(steerings, self._page, now, self._micro_max, self._least_threads)
         if self._wheel:
             self._page.set_knobs(self._wheel.knobs())
 
@@ -186,8 +208,10 @@ class PageGate:
             "gate_stale": counted.stale,
             "gate_let_go": counted.let_go,
             "gate_windows": counted.windows,
+            "gate_fewer_threads": counted.fewer,
             "micro": knobs.micro,
             "duty": knobs.duty,
+            "threads": knobs.threads,
         }
 
     def close(self) -> None:
@@ -219,6 +243,9 @@ def from_options(options: Mapping[str, Any]) -> PageGate:
         micro_max=given.micro_max,
         max_wait_ns=round(given.max_wait_ms * NS_PER_MS),
         stale_ns=round(given.stale_ms * NS_PER_MS),
+        least_threads=given.least_threads,
+        cores=given.cores,
+        service_threads=given.service_threads,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from corun.share.borders import autogroup_nice, group_of
 from corun.share.host import Host
-from corun.share.openmp import WAIT_POLICY
+from corun.share.openmp import SPINS, WAIT_POLICY
 
 _CLASSES = {
     os.SCHED_OTHER: "SCHED_OTHER",
@@ -20,7 +20,7 @@ _CLASSES = {
     os.SCHED_FIFO: "SCHED_FIFO",
     os.SCHED_RR: "SCHED_RR",
 }
-_VARIABLES = (WAIT_POLICY, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MALLOC_MMAP_THRESHOLD_")
+_VARIABLES = (WAIT_POLICY, SPINS, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MALLOC_MMAP_THRESHOLD_")
 _PREFIX = "CUDA_MPS_"
 
 

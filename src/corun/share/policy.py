@@ -92,6 +92,15 @@ def finest(rule: Rule, preempts: bool) -> int:
     return max(rule.micro, asked or (FINEST if useful else 1))
 
 
+def least_threads(cast: Cast) -> int:
+    """Threads that the trainer may be cut down to for the services' sake; 0 = its threads are left alone.
+
+    A core that is given up is a core a request finds free. Not on a GPU, where the threads of the trainer do not compute,
+    and not inside one process, whose math libraries keep one number of threads for both sides.
+    """
+    return 0 if cast.on_gpu or cast.one_process else 1
+
+
 class Policy:
     """Does nothing; each policy overrides what it is about. Its dataclass fields are its options."""
 

@@ -27,7 +27,7 @@ from corun.share.host import Host, why_not
 from corun.share.observed import observe
 from corun.share.page import Knobs, Page
 from corun.share.policies import POLICIES
-from corun.share.policy import Cast, Member, Policy, Rule, finest
+from corun.share.policy import Cast, Member, Policy, Rule, finest, least_threads
 from corun.share.selftest import SELF_TEST_S, Shares, Spinner, spin
 from corun.share.spec import NAIVE, in_one_process, parse
 from corun.share.start import Setup
@@ -143,7 +143,15 @@ class Sharing:
     def _gate_options(self) -> dict[str, Any]:
         assert self.page is not None
         known = {item.name for item in fields(GateOptions)}
-        asked = {**self._gate.options, "micro_max": finest(self._gate, not self.cast.on_gpu)} if self._gate else {}
+        asked: dict[str, Any] = {}
+        if self._gate:
+            limits = {
+                "micro_max": finest(self._gate, not self.cast.on_gpu),
+                "least_threads": least_threads(self.cast),
+                "cores": len(self._host.cores),
+                "service_threads": [self.threads(service) for service in self.cast.services],
+            }
+            asked = {**self._gate.options, **limits}
         return {"page": str(self.page.path), **{key: value for key, value in asked.items() if key in known}}
 
     @property

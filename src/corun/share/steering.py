@@ -144,13 +144,19 @@ class Watch:
 
 
 class Wheel:
-    """All steerings of a mode. The knobs of full effort come from the page whenever the mode begins."""
+    """All steerings of a mode. The knobs of full effort come from the page whenever the mode begins.
 
-    def __init__(self, steerings: Mapping[Mode, Steering], page: Page, micro_max: int, now: int) -> None:
+    micro_max, least_threads: how far the ladder goes.
+    """
+
+    def __init__(
+        self, steerings: Mapping[Mode, Steering], page: Page, now: int, micro_max: int, least_threads: int
+    ) -> None:
         self._watches = [Watch(steering, page, now) for steering in steerings.values()]
         self._page = page
         self._base = page.knobs
         self._micro_max = micro_max
+        self._least_threads = least_threads
 
     def begin(self, now: int) -> None:
         """All windows begin now; what was learned stays."""
@@ -174,7 +180,7 @@ class Wheel:
             if wish.micro is not None:
                 self._base = replace(self._base, micro=wish.micro)
         efforts = [wish.effort for wish in wishes if wish.effort is not None]
-        return ladder(min(efforts, default=1.0), self._base, self._micro_max)
+        return ladder(min(efforts, default=1.0), self._base, self._micro_max, self._least_threads)
 
     @property
     def p99_ms(self) -> float | None:

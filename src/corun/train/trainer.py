@@ -168,7 +168,6 @@ class Trainer:
         t_start = now_ns()
         self._held_ns = 0
         self._stop_at(STEP)
-        self._follow_knobs()
         t_fetch = now_ns()
         batch, decode_ns = self.batches.next()
         t_data = now_ns()
@@ -194,8 +193,6 @@ class Trainer:
         began = now_ns()
         self.gate.wait(boundary)
         self._held_ns += now_ns() - began
-
-    def _follow_knobs(self) -> None:
         threads = self.gate.knobs().threads or self._threads
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)

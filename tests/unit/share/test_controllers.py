@@ -146,19 +146,22 @@ def test_an_unknown_controller_is_refused() -> None:
 efforts = st.floats(0.01, 1)
 
 
-@given(efforts, efforts, st.integers(1, 8), st.integers(1, 64), st.floats(0.1, 1))
+@given(
+    efforts, efforts, st.integers(1, 8), st.integers(1, 64), st.floats(0.1, 1), st.integers(0, 8), st.integers(0, 9)
+)
 def test_less_effort_never_means_coarser_steps_or_more_work(
-    one: float, other: float, micro: int, finest: int, duty: float
+    one: float, other: float, micro: int, finest: int, duty: float, threads: int, least: int
 ) -> None:
     """The ladder is monotone in the effort, keeps to its ends, and never exceeds the base."""
-    base = Knobs(micro, duty, 2)
-    low, high = (ladder(effort, base, finest) for effort in sorted((one, other)))
+    base = Knobs(micro, duty, threads)
+    low, high = (ladder(effort, base, finest, least) for effort in sorted((one, other)))
     assert low.micro >= high.micro
     assert low.duty <= high.duty
+    assert low.threads <= high.threads
     for knobs in (low, high):
         assert micro <= knobs.micro <= max(micro, finest)
         assert 0 < knobs.duty <= duty
-        assert knobs.threads == 2
+        assert (min(threads, least) if least else threads) <= knobs.threads <= threads
 
 
 def test_granularity_first_duty_last() -> None:
@@ -168,6 +171,25 @@ def test_granularity_first_duty_last() -> None:
     assert ladder(0.75, base, 16) == Knobs(4)
     assert ladder(0.5, base, 16) == Knobs(16)
     assert ladder(0.25, base, 16) == Knobs(16, 0.5)
+
+
+def test_cores_first_duty_last() -> None:
+    """Where threads can be given up a share of the effort is whole cores, and rest begins with the last one."""
+    base = Knobs(threads=4)
+    assert ladder(1.0, base, 1, 1) == base
+    assert ladder(0.9, base, 1, 1) == Knobs(threads=3)
+    assert ladder(0.5, base, 1, 1) == Knobs(threads=2)
+    assert ladder(0.25, base, 1, 1) == Knobs(1, 0.5, 1)
+    assert ladder(0.375, base, 1, 2) == Knobs(1, 0.5, 2)
+
+
+def test_on_two_cores_no_effort_is_without_effect() -> None:
+    """The first cut takes a thread, and every further one time: a controller's answer is never lost in a gap."""
+    base = Knobs(threads=2)
+    assert [ladder(effort, base, 1, 1) for effort in (1.0, 0.9, 0.5, 0.1)] == [
+        base,
+        *(Knobs(1, duty, 1) for duty in (0.9, 0.5, 0.1)),
+    ]
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=400), st.sampled_from([5.0, 50.0, 99.0]))

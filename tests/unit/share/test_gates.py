@@ -236,6 +236,41 @@ def test_the_most_careful_wish_counts(page: Page) -> None:
     assert page.knobs.micro == 3
 
 
+def test_threads_follow_the_requests_in_the_queue(page: Page) -> None:
+    """A thread less for each that a pending request's service computes with, never below one, and back afterwards."""
+    time = Time()
+    gate = _gate(page, time, cores=4, service_threads=(1, 2, 8))
+    services = [Announcer(page, slot, clock=time.clock, beating=False) for slot in range(3)]
+    page.set_knobs(Knobs(threads=3))
+    page.mode = Mode.ELASTIC
+    seen = []
+    for service in services:
+        service.on_request()
+        gate.wait("layer")
+        seen.append(gate.knobs().threads)
+    assert seen == [3, 1, 1]
+    services[2].on_reply()
+    services[0].on_reply()
+    assert gate.knobs().threads == 2
+    assert page.knobs.threads == 3
+    time.advance(STALE_AFTER_NS + 1)
+    assert gate.knobs().threads == 3
+    assert time.slept == []
+    page.mode = Mode.FREE
+    services[0].on_request()
+    assert gate.knobs().threads == 3
+
+
+def test_feedback_takes_threads_before_it_takes_time(page: Page) -> None:
+    """Half the effort of a trainer of four threads is two of them, at full duty."""
+    time = Time()
+    gate = _gate(page, time, steerings={Mode.SLO: lambda: Recorder(Wish(effort=0.5))}, least_threads=1)
+    page.set_knobs(Knobs(threads=4))
+    page.mode = Mode.SLO
+    gate.wait("step")
+    assert gate.knobs() == Knobs(threads=2)
+
+
 def test_a_mode_that_was_on_before_goes_on_where_it_was(page: Page) -> None:
     """Controllers keep what they learned over arms without them; no window spans the pause."""
     time, made = Time(), []

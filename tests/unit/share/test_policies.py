@@ -190,7 +190,7 @@ def test_priorities_are_set_before_the_trainer_starts(host: FakeHost) -> None:
         assert sharing.command(SERVICE, ["serve"]) == ["serve"]
     with Sharing.prepare("idle", CPU, host) as sharing:
         assert sharing.setup(TRAINER) == Setup(idle=True)
-        assert sharing.environment(TRAINER) == {"OMP_WAIT_POLICY": "PASSIVE"}
+        assert sharing.environment(TRAINER) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
         assert sharing.environment(SERVICE) == {}
 
 
@@ -281,7 +281,8 @@ def test_the_trainer_gets_a_cgroup_and_leaves_it(
     home = "sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/cpu"
     with Sharing.prepare({"policy": "cgroup", "weight": weight}, CPU, host) as sharing:
         directory = sharing.setup(TRAINER).cgroup
-        assert directory == f"/{home}/corun-train-{os.getpid()}"
+        assert directory is not None
+        assert directory.startswith(f"/{home}/corun-train-{os.getpid()}-")
         name, _, value = done.partition("=")
         assert host.read(f"{directory}/{name}") == value
         sharing.started(PIDS)
@@ -295,7 +296,11 @@ def test_a_v2_group_is_a_sibling_of_ours(host: FakeHost) -> None:
     """Only leaves may hold processes in v2, so the trainer's group is made beside the services'."""
     _cgroup(host, 2, "cpu.idle", own="/user/session")
     with Sharing.prepare("cgroup", CPU, host) as sharing:
-        assert sharing.setup(TRAINER).cgroup == f"/sys/fs/cgroup/user/corun-train-{os.getpid()}"
+        directory = Path(sharing.setup(TRAINER).cgroup or "")
+        assert directory.parent == Path("/sys/fs/cgroup/user")
+        with Sharing.prepare("cgroup", CPU, host) as other:
+            assert other.setup(TRAINER).cgroup != str(directory)
+        assert host.exists(str(directory))
 
 
 def test_a_cgroup_that_cannot_be_had_is_refused_with_the_reason(host: FakeHost) -> None:
@@ -317,10 +322,47 @@ def test_a_cgroup_that_cannot_be_set_is_removed_again(host: FakeHost) -> None:
     _cgroup(host, 2)
     with pytest.raises(RunFault, match=r"neither cpu\.idle nor cpu\.weight"):
         Sharing.prepare("cgroup", CPU, host)
-    assert not host.exists(f"sys/fs/cgroup/corun-train-{os.getpid()}")
+    assert not [name for name in os.listdir(host.root / "sys/fs/cgroup") if name.startswith("corun-train")]
 
 
 # Cooperative policies
+
+
+def test_elastic_tells_the_gate_who_computes_with_how_many_threads(host: FakeHost) -> None:
+    """Cores of the machine, threads of each service by its slot, and stops between layers; nothing of it by `layers` off."""
+    with Sharing.prepare("idle+elastic", Cast((SERVICE, SECOND), TRAINER), host) as sharing:
+        flags = sharing.flags(TRAINER)
+        given = json.loads(flags[flags.index("--gate-options") + 1])
+        assert (given["cores"], given["service_threads"]) == (4, [1, 2])
+        assert "--layer-gate" in flags
+        sharing.enter("corun")
+        assert sharing.page is not None
+        assert sharing.page.mode == Mode.ELASTIC
+    with Sharing.prepare({"policy": "elastic", "layers": False}, CPU, host) as sharing:
+        assert "--layer-gate" not in sharing.flags(TRAINER)
+
+
+@pytest.mark.parametrize(
+    ("cast", "reason"),
+    [
+        (GPU, "computes on a GPU"),
+        (replace(CPU, one_process=True), "no process of its own"),
+        (Cast((SERVICE,), None), "nobody trains"),
+        (Cast((SERVICE,), replace(TRAINER, threads=1)), "one thread"),
+    ],
+)
+def test_elastic_is_refused_where_there_is_no_thread_to_give_up(host: FakeHost, cast: Cast, reason: str) -> None:
+    """On a GPU, inside one process, without a trainer, with a trainer of one thread."""
+    with pytest.raises(InputError, match=reason):
+        Sharing.prepare("elastic", cast, host)
+
+
+@pytest.mark.parametrize(("cast", "least"), [(CPU, 1), (GPU, 0), (replace(CPU, one_process=True), 0)])
+def test_feedback_may_take_threads_where_they_compute(host: FakeHost, cast: Cast, least: int) -> None:
+    """slo gives up cores before it rests, but only those of a trainer with a process of its own on a CPU."""
+    with Sharing.prepare({"policy": "slo", "slo_ms": 9}, cast, host) as sharing:
+        flags = sharing.flags(TRAINER)
+        assert json.loads(flags[flags.index("--gate-options") + 1])["least_threads"] == least
 
 
 def test_cooperative_policies_share_a_page_with_trainer_and_services(host: FakeHost) -> None:

@@ -226,6 +226,32 @@ def test_the_gates_knobs_are_followed_from_step_to_step() -> None:
     assert torch.get_num_threads() == 1
 
 
+class WaveringGate(RecordingGate):
+    """Another number of threads at every stop."""
+
+    def wait(self, boundary: str) -> None:
+        super().wait(boundary)
+        self.now = Fixed(1, 1 + len(self.asked) % 2)
+
+
+def test_threads_change_between_layers_and_the_update_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With layer stops the number of threads is followed inside a step, backward included; weights agree to rounding."""
+    seen: list[int] = []
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda threads, really=torch.set_num_threads: _note(threads, seen, really)
+    )
+    gate = WaveringGate()
+    weights = _trained(replace(OPTIONS, layer_gate=True), steps=2, gate=gate)
+    assert len(seen) >= len(gate.asked) - 1
+    assert set(seen) == {1, 2}
+    torch.testing.assert_close(weights, _trained(OPTIONS, steps=2))
+
+
+def _note(threads: int, seen: list[int], really: Callable[[int], None]) -> None:
+    seen.append(threads)
+    really(threads)
+
+
 def test_the_options_micro_is_the_least() -> None:
     """A gate can ask for finer steps than the job was started with, never for coarser ones."""
     assert Trainer(replace(OPTIONS, micro=4), RecordingGate(micro=2)).step().micro == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from corun.share.policies.cgroup import Cgroup
 from corun.share.policies.default import StockDefault
+from corun.share.policies.elastic import Elastic
 from corun.share.policies.green_context import GreenContext
 from corun.share.policies.idle import Idle
 from corun.share.policies.memory_cap import MemoryCap
@@ -36,6 +37,7 @@ POLICIES: dict[str, type[Policy]] = {
         Throttle,
         Slo,
         Preempt,
+        Elastic,
         Predictive,
     )
 }

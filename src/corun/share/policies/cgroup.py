@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,7 +59,7 @@ class Cgroup(Policy):
         place = find_place(host)
         if place is None:
             raise RunFault("no cgroup hierarchy with the cpu controller is mounted")
-        self._home, self._directory = place.home, f"{place.parent}/corun-train-{os.getpid()}"
+        self._home, self._directory = place.home, f"{place.parent}/corun-train-{os.getpid()}-{secrets.token_hex(2)}"
         try:
             host.make_directory(self._directory)
             self._done = self._lighten(host)
