@@ -34,6 +34,12 @@ RELEASE_PER_S: Final = 0.85
 """Share of the peak that is left a second later."""
 WORST: Final = 1.5
 """Peak / bound at most: how long an overload is remembered must not depend on how bad it was."""
+BELOW_KNEE: Final = 0.8
+"""Share of the effort that broke the bound which is tried again while the load that broke it lasts."""
+CREEP_PER_S: Final = 0.005
+"""How fast the knee is tried higher under the same load: from BELOW_KNEE back to the whole of it in 50 s."""
+GONE: Final = 0.6
+"""Share of the knee's rate below which the load that broke the bound is over."""
 _HALF: Final = 0.5
 
 
@@ -53,7 +59,7 @@ class State:
     """effort: the output, in [floor, 1]. The rest is the controller's memory.
 
     peak_ms: p99 with fast attack and slow release; rate: arrivals/s, likewise. knee: the effort at which the bound
-    last began to break; knee_rate: the rate it broke at.
+    last began to break, infinite when it never did; knee_rate: the rate it broke at.
 
     It starts in the middle, with the finest micro-steps and no rest: a bound that cannot be met at full effort
     would otherwise be learned from a window of ruined replies.
@@ -64,8 +70,13 @@ class State:
     streak: int = 0
     peak_ms: float = 0.0
     rate: float = 0.0
-    knee: float = 1.0
+    knee: float = math.inf
     knee_rate: float = 0.0
+
+    @property
+    def ceiling(self) -> float:
+        """The most effort that is tried while the load that broke the bound lasts; 1 when none did."""
+        return min(1.0, BELOW_KNEE * self.knee)
 
 
 class Controller(Protocol):
@@ -75,24 +86,31 @@ class Controller(Protocol):
 
 
 def remember(state: State, window: Window, slo_ms: float) -> State:
-    """The state with peak and rate after a window: what it showed (p99 at most WORST of the bound), or what is left."""
-    left = RELEASE_PER_S**window.length_s
-    return replace(
-        state,
-        peak_ms=max(min(window.p99_ms or 0.0, WORST * slo_ms), state.peak_ms * left),
-        rate=max(window.arrivals / window.length_s, state.rate * left),
-    )
+    """The state with peak, rate and knee after a window; the effort is that of the window still.
+
+    Peak and rate are what the window showed (p99 at most WORST of the bound), or what is left of them. The knee is where
+    the bound begins to break: windows over it right after one are the queue of the same overload. It creeps upwards, and
+    is forgotten when the burst is over, so that a training job is back at full speed a few windows later. (Low latency
+    alone proves nothing, it is what cutting has brought about.)
+    """
+    fresh, left = state.peak_ms <= slo_ms, RELEASE_PER_S**window.length_s
+    rate = max(window.arrivals / window.length_s, state.rate * left)
+    knee, knee_rate = state.knee + CREEP_PER_S * window.length_s, state.knee_rate
+    if rate < GONE * knee_rate:
+        knee, knee_rate = math.inf, 0.0
+    if fresh and (window.p99_ms or 0.0) > slo_ms:
+        knee, knee_rate = state.effort, rate
+    peak_ms = max(min(window.p99_ms or 0.0, WORST * slo_ms), state.peak_ms * left)
+    return replace(state, peak_ms=peak_ms, rate=rate, knee=knee, knee_rate=knee_rate)
 
 
 @dataclass(frozen=True)
 class Aimd:
     """Add while the peak stays below `margin` of the bound, multiply when p99 exceeds the bound, hold in between.
 
-    The increase doubles with every further good window, up to `max_increase`, and ends at `below_knee` of the effort
-    that broke the bound last. The knee moves up by `creep` a second, and is forgotten once the rate is below `gone` of
-    the rate it broke at: the burst is over, and a training job is back at full speed a few windows later. (Low latency
-    alone proves nothing, it is what cutting has brought about.) The decrease is the overshoot itself (slo / p99), but
-    at least `least_cut` and at most `most_cut`, so one bad window is answered in one window.
+    The increase doubles with every further good window, up to `max_increase`, and ends at the ceiling below the effort
+    that broke the bound last. The decrease is the overshoot itself (slo / p99), but at least `least_cut` and at most
+    `most_cut`, so one bad window is answered in one window.
     """
 
     slo_ms: float
@@ -102,38 +120,30 @@ class Aimd:
     least_cut: float = 0.7
     most_cut: float = 0.3
     floor: float = FLOOR
-    below_knee: float = 0.8
-    creep_per_s: float = 0.01
-    gone: float = 0.6
 
     def __post_init__(self) -> None:
         _check(self.slo_ms, self.margin, self.floor)
 
     def next(self, state: State, window: Window) -> State:
-        fresh = state.peak_ms <= self.slo_ms
         state = remember(state, window, self.slo_ms)
-        if state.rate < self.gone * state.knee_rate:
-            state = replace(state, knee=1.0, knee_rate=0.0)
         p99 = window.p99_ms
         if p99 is not None and p99 > self.slo_ms:
             cut = min(self.least_cut, max(self.most_cut, self.slo_ms / p99))
-            if fresh:
-                state = replace(state, knee=state.effort, knee_rate=state.rate)
             return replace(state, effort=max(self.floor, state.effort * cut), streak=0)
-        knee = min(1.0, state.knee + self.creep_per_s * window.length_s)
         if state.peak_ms > self.margin * self.slo_ms:
-            return replace(state, streak=0, knee=knee)
+            return replace(state, streak=0)
         step = min(self.max_increase, self.increase * 2.0**state.streak)
-        highest = 1.0 if knee >= 1 else max(state.effort, self.below_knee * knee)
-        return replace(state, effort=min(highest, state.effort + step), streak=min(state.streak + 1, 16), knee=knee)
+        highest = max(state.effort, state.ceiling)
+        return replace(state, effort=min(highest, state.effort + step), streak=min(state.streak + 1, 16))
 
 
 @dataclass(frozen=True)
 class Pi:
-    """effort = kp * e + I with e = ln(margin * slo / peak), limited to [-limit, limit].
+    """effort = kp * e + I with e = ln(margin * slo / peak), limited to [-limit, limit]; at most the ceiling.
 
-    The logarithm because a queue's tail answers to effort about exponentially. I integrates ki * e * seconds, `haste`
-    times as fast downwards: room is taken slowly, a broken bound answered quickly. It never pushes the output beyond
+    The logarithm because a queue's tail answers to effort about exponentially. Room is given by the peak and taken by the
+    last p99; in between e is 0. I integrates ki * e * seconds, `haste` times as fast downwards: room is taken slowly, a
+    broken bound answered quickly. It never pushes the output beyond
     its limits (anti-windup by clamping), so a long overload or a quiet night winds nothing up.
     """
 
@@ -141,7 +151,7 @@ class Pi:
     margin: float = 0.8
     kp: float = 0.1
     ki_per_s: float = 0.02
-    haste: float = 3.0
+    haste: float = 5.0
     limit: float = 1.5
     floor: float = FLOOR
 
@@ -150,18 +160,24 @@ class Pi:
 
     def next(self, state: State, window: Window) -> State:
         state = remember(state, window, self.slo_ms)
-        error = math.log(self.margin * self.slo_ms / state.peak_ms) if state.peak_ms > 0 else self.limit
-        error = max(-self.limit, min(self.limit, error))
+        error = self._error(state.peak_ms)
+        if error < 0:
+            error = min(0.0, self._error(min(window.p99_ms or 0.0, WORST * self.slo_ms)))
         gain = self.ki_per_s * (self.haste if error < 0 else 1.0)
         proportional = self.kp * error
         integral = state.integral + gain * window.length_s * error
+        highest = max(self.floor, state.ceiling)
         if error > 0:
-            integral = min(integral, max(state.integral, 1 - proportional))
+            integral = min(integral, max(state.integral, highest - proportional))
         else:
             integral = max(integral, min(state.integral, self.floor - proportional))
-        integral = max(self.floor, min(1.0, integral))
-        effort = max(self.floor, min(1.0, proportional + integral))
+        integral = max(self.floor, min(highest, integral))
+        effort = max(self.floor, min(highest, proportional + integral))
         return replace(state, effort=effort, integral=integral)
+
+    def _error(self, p99_ms: float) -> float:
+        error = math.log(self.margin * self.slo_ms / p99_ms) if p99_ms > 0 else self.limit
+        return max(-self.limit, min(self.limit, error))
 
 
 def _check(slo_ms: float, margin: float, floor: float) -> None:
