@@ -61,8 +61,8 @@ class State:
     peak_ms: p99 with fast attack and slow release; rate: arrivals/s, likewise. knee: the effort at which the bound
     last began to break, infinite when it never did; knee_rate: the rate it broke at.
 
-    It starts in the middle, with the finest micro-steps and no rest: a bound that cannot be met at full effort
-    would otherwise be learned from a window of ruined replies.
+    It starts in the middle: a bound that cannot be met at full effort would otherwise be learned from a window of ruined
+    replies.
     """
 
     effort: float = _HALF

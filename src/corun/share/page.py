@@ -152,7 +152,7 @@ class Page:
         return Knobs(int(self._words[_MICRO]), float(self._reals[_DUTY]), int(self._words[_THREADS]))
 
     def set_knobs(self, knobs: Knobs) -> None:
-        """Takes effect at the trainer's next step (micro, threads) or next stop (duty)."""
+        """Takes effect at the trainer's next step (micro) or next stop (threads, duty)."""
         self._words[_MICRO] = knobs.micro
         self._reals[_DUTY] = knobs.duty
         self._words[_THREADS] = knobs.threads
