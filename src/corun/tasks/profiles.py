@@ -196,18 +196,26 @@ class _Session:
         self, server: Handle, max_batch: int, rates: list[float], steps: Path | None, alone: float = 0.0
     ) -> None:
         for rate in rates:
-            before, begin = server.usage().cpu_s, now_ns()
-            point = self._point(server, rate, max_batch, training=steps is not None)
-            self.cpu_s += server.usage().cpu_s - before
-            self.requests += point.n
-            self._note_use(server)
-            if steps is not None and alone:
-                beside = _steps_per_s(steps, begin, now_ns())
-                point = replace(point, slowdown=alone / beside if beside else None)
+            point = self._beside(server, max_batch, rate, steps, alone)
+            if point.lost:
+                # A pause of the machine at the window's end looks like a server that falls behind, but not twice.
+                point = self._beside(server, max_batch, rate, steps, alone)
             self.points.append(point)
             self.say(f"{self.model}: {_sentence(point)}")
             if point.lost:
                 return
+
+    def _beside(self, server: Handle, max_batch: int, rate: float, steps: Path | None, alone: float) -> Point:
+        """One window at a rate, with what it cost the server and the training job."""
+        before, begin = server.usage().cpu_s, now_ns()
+        point = self._point(server, rate, max_batch, training=steps is not None)
+        self.cpu_s += server.usage().cpu_s - before
+        self.requests += point.n
+        self._note_use(server)
+        if steps is not None and alone:
+            beside = _steps_per_s(steps, begin, now_ns())
+            point = replace(point, slowdown=alone / beside if beside else None)
+        return point
 
     def _note_use(self, server: Handle) -> None:
         use = server.usage()
