@@ -196,10 +196,7 @@ class _Session:
         self, server: Handle, max_batch: int, rates: list[float], steps: Path | None, alone: float = 0.0
     ) -> None:
         for rate in rates:
-            point = self._beside(server, max_batch, rate, steps, alone)
-            if point.lost:
-                # A pause of the machine at the window's end looks like a server that falls behind, but not twice.
-                point = self._beside(server, max_batch, rate, steps, alone)
+            point = confirmed(partial(self._beside, server, max_batch, rate, steps, alone))
             self.points.append(point)
             self.say(f"{self.model}: {_sentence(point)}")
             if point.lost:
@@ -330,6 +327,15 @@ class _Session:
             if self._stop and self._stop.requested:
                 raise KeyboardInterrupt
             time.sleep(min(left, POLL_S))
+
+
+def confirmed(measure: Callable[[], Point]) -> Point:
+    """One window, and a second one in its place when the first lost requests.
+
+    A pause of the machine at a window's end looks like a server that falls behind, but hardly twice.
+    """
+    point = measure()
+    return measure() if point.lost else point
 
 
 def point_of(rows: Table, rate: float, seconds: float, max_batch: int, training: bool) -> Point:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from corun.clock import NS_PER_MS, NS_PER_S
 from corun.errors import InputError
 from corun.tasks.profile import Point, Profile, faded, from_json, live_factor, to_json
-from corun.tasks.profiles import Profiles, Settings, point_of
+from corun.tasks.profiles import Profiles, Settings, confirmed, point_of
 
 
 def profile(*points: Point, **values: object) -> Profile:
@@ -200,6 +200,15 @@ def test_a_server_that_falls_behind_does_not_keep_up() -> None:
     assert point_of(behind, 200.0, 1.0, 1, False).lost > 0
     steady = _rows([50.0] * 200, 200.0)
     assert point_of(steady, 200.0, 1.0, 1, False).lost == 0
+
+
+@pytest.mark.parametrize(("lost", "windows", "found"), [([0, 9], 1, 0), ([3, 0], 2, 0), ([3, 5], 2, 5)])
+def test_a_server_falls_behind_when_it_does_so_twice(lost: list[int], windows: int, found: int) -> None:
+    """A window that lost requests is measured again, once, and the second one counts."""
+    points = [point(10.0, 1.0, lost=count) for count in lost]
+    left = iter(points)
+    assert confirmed(lambda: next(left)).lost == found
+    assert len(list(left)) == len(points) - windows
 
 
 def test_nothing_answered_is_a_point_without_latency() -> None:
