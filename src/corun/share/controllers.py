@@ -106,11 +106,12 @@ def remember(state: State, window: Window, slo_ms: float) -> State:
 
 @dataclass(frozen=True)
 class Aimd:
-    """Add while the peak stays below `margin` of the bound, multiply when p99 exceeds the bound, hold in between.
+    """Add while the peak stays below `margin` of the bound, multiply when a window's p99 exceeds that.
 
     The increase doubles with every further good window, up to `max_increase`, and ends at the ceiling below the effort
-    that broke the bound last. The decrease is the overshoot itself (slo / p99), but at least `least_cut` and at most
-    `most_cut`, so one bad window is answered in one window.
+    that broke the bound last. The decrease is the overshoot itself: below the bound margin * slo / p99, since windows of
+    one effort differ by more than the margin; above it slo / p99, but at least `least_cut` and at most `most_cut`, so one
+    bad window is answered in one window. After either the effort is held until the peak has gone.
     """
 
     slo_ms: float
@@ -126,11 +127,12 @@ class Aimd:
 
     def next(self, state: State, window: Window) -> State:
         state = remember(state, window, self.slo_ms)
-        p99 = window.p99_ms
-        if p99 is not None and p99 > self.slo_ms:
-            cut = min(self.least_cut, max(self.most_cut, self.slo_ms / p99))
+        p99, wanted_ms = window.p99_ms or 0.0, self.margin * self.slo_ms
+        if p99 > wanted_ms:
+            broken = p99 > self.slo_ms
+            cut = min(self.least_cut, max(self.most_cut, self.slo_ms / p99)) if broken else wanted_ms / p99
             return replace(state, effort=max(self.floor, state.effort * cut), streak=0)
-        if state.peak_ms > self.margin * self.slo_ms:
+        if state.peak_ms > wanted_ms:
             return replace(state, streak=0)
         step = min(self.max_increase, self.increase * 2.0**state.streak)
         highest = max(state.effort, state.ceiling)

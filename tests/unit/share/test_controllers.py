@@ -89,12 +89,14 @@ def test_a_long_overload_winds_nothing_up(controller: Controller) -> None:
     assert windows_to_half(720) == windows_to_half(12)
 
 
-def test_aimd_cuts_by_the_overshoot_and_holds_near_the_bound() -> None:
-    """Twice the bound halves the effort; between the margin and the bound nothing changes."""
+def test_aimd_cuts_by_the_overshoot() -> None:
+    """Twice the bound halves the effort; between the margin and the bound it falls by what is above the margin."""
     aimd = Aimd(SLO_MS)
     assert aimd.next(State(0.8), Window(5, 9, 2 * SLO_MS)).effort == pytest.approx(0.4)
     assert aimd.next(State(0.8), Window(5, 9, 100 * SLO_MS)).effort == pytest.approx(0.24)
-    assert aimd.next(State(0.8, streak=3), Window(5, 9, 0.9 * SLO_MS)) == State(0.8, peak_ms=0.9 * SLO_MS)
+    near = aimd.next(State(0.8, streak=3), Window(5, 9, 0.9 * SLO_MS))
+    assert near == State(pytest.approx(0.8 * aimd.margin / 0.9), peak_ms=0.9 * SLO_MS)
+    assert aimd.next(near, Window(1, 9, 0.5 * SLO_MS)).effort == near.effort
 
 
 def test_aimd_grows_faster_while_nothing_is_harmed() -> None:
