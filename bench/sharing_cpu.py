@@ -95,7 +95,6 @@ def cpu_specs(alone_p99_ms: float) -> dict[str, Spec]:
         "idle": {"policy": "idle"},
         "cgroup": {"policy": "cgroup"},
         "elastic": {"policy": "elastic"},
-        "nice+elastic": {"policy": "nice+elastic"},
         "idle+elastic": {"policy": "idle+elastic"},
         "cgroup+elastic": {"policy": "cgroup+elastic"},
         "partition": {"policy": "partition"},
