@@ -15,7 +15,9 @@ ends below where the bound broke last is CUBIC's plateau (Ha, Rhee & Xu 2008). P
 integration against wind-up (Astrom & Hagglund, PID Controllers, 1995).
 
 The p99 of a window of a few requests is its slowest one, and a good window proves little. Both controllers therefore
-give room by the *peak*: the p99 with fast attack and slow release, which a single calm window does not clear.
+give room by the *peak*: the p99 with fast attack and slow release, which a single calm window does not clear. A bad
+window proves little either: one slow reply of 60 is what a kept p99 looks like every other window. The bound counts as
+broken when luck hardly explains the replies over it; until then it is answered by a little less effort, and forgotten.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
+
+from scipy import special
 
 from corun.errors import InputError
 from corun.share.page import Knobs
@@ -38,6 +42,8 @@ BELOW_KNEE: Final = 0.8
 """Share of the effort that broke the bound which is tried again while the load that broke it lasts."""
 CREEP_PER_S: Final = 0.005
 """How fast the knee is tried higher under the same load: from BELOW_KNEE back to the whole of it in 50 s."""
+LUCK: Final = 0.05
+"""How rarely a p99 that is kept may pass for a broken one."""
 GONE: Final = 0.6
 """Share of the knee's rate below which the load that broke the bound is over."""
 _HALF: Final = 0.5
@@ -45,13 +51,17 @@ _HALF: Final = 0.5
 
 @dataclass(frozen=True)
 class Window:
-    """What was seen in one window; p99_ms is None when nothing was answered in it."""
+    """What was seen in one window; p99_ms is None when nothing was answered in it.
+
+    over: replies slower than the bound that is steered by, None = not counted.
+    """
 
     length_s: float
     replies: int
     p99_ms: float | None
     arrivals: int = 0
     service_ms: float | None = None
+    over: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,28 @@ class State:
 class Controller(Protocol):
     """state' = next(state, window); pure."""
 
+    @property
+    def slo_ms(self) -> float: ...
+
     def next(self, state: State, window: Window) -> State: ...
+
+
+def breaks(window: Window, slo_ms: float) -> bool:
+    """Whether the bound is broken: p99 above it, by more replies than Poisson chance has of 1 % with LUCK."""
+    if window.p99_ms is None or window.p99_ms <= slo_ms:
+        return False
+    return window.over is None or float(special.pdtrc(window.over - 1, 0.01 * window.replies)) < LUCK
+
+
+def shown_ms(window: Window, slo_ms: float) -> float:
+    """The p99 that a controller answers: at most WORST of the bound, at most the bound where luck explains more."""
+    return min(window.p99_ms or 0.0, (WORST if breaks(window, slo_ms) else 1.0) * slo_ms)
 
 
 def remember(state: State, window: Window, slo_ms: float) -> State:
     """The state with peak, rate and knee after a window; the effort is that of the window still.
 
-    Peak and rate are what the window showed (p99 at most WORST of the bound), or what is left of them. The knee is where
-    the bound begins to break: windows over it right after one are the queue of the same overload. It creeps upwards, and
+    Peak and rate are what the window showed, or what is left of them. The knee is where the bound begins to break: windows over it right after one are the queue of the same overload. It creeps upwards, and
     is forgotten when the burst is over, so that a training job is back at full speed a few windows later. (Low latency
     alone proves nothing, it is what cutting has brought about.)
     """
@@ -98,9 +122,9 @@ def remember(state: State, window: Window, slo_ms: float) -> State:
     knee, knee_rate = state.knee + CREEP_PER_S * window.length_s, state.knee_rate
     if rate < GONE * knee_rate:
         knee, knee_rate = math.inf, 0.0
-    if fresh and (window.p99_ms or 0.0) > slo_ms:
+    if fresh and breaks(window, slo_ms):
         knee, knee_rate = state.effort, rate
-    peak_ms = max(min(window.p99_ms or 0.0, WORST * slo_ms), state.peak_ms * left)
+    peak_ms = max(shown_ms(window, slo_ms), state.peak_ms * left)
     return replace(state, peak_ms=peak_ms, rate=rate, knee=knee, knee_rate=knee_rate)
 
 
@@ -109,9 +133,9 @@ class Aimd:
     """Add while the peak stays below `margin` of the bound, multiply when a window's p99 exceeds that.
 
     The increase doubles with every further good window, up to `max_increase`, and ends at the ceiling below the effort
-    that broke the bound last. The decrease is the overshoot itself: below the bound margin * slo / p99, since windows of
-    one effort differ by more than the margin; above it slo / p99, but at least `least_cut` and at most `most_cut`, so one
-    bad window is answered in one window. After either the effort is held until the peak has gone.
+    that broke the bound last. The decrease is the overshoot itself: while the bound is not broken margin * slo / p99,
+    since windows of one effort differ by more than the margin; else slo / p99, but at least `least_cut` and at most
+    `most_cut`, so one bad window is answered in one window. After either the effort is held until the peak has gone.
     """
 
     slo_ms: float
@@ -129,8 +153,9 @@ class Aimd:
         state = remember(state, window, self.slo_ms)
         p99, wanted_ms = window.p99_ms or 0.0, self.margin * self.slo_ms
         if p99 > wanted_ms:
-            broken = p99 > self.slo_ms
-            cut = min(self.least_cut, max(self.most_cut, self.slo_ms / p99)) if broken else wanted_ms / p99
+            cut = wanted_ms / shown_ms(window, self.slo_ms)
+            if breaks(window, self.slo_ms):
+                cut = min(self.least_cut, max(self.most_cut, self.slo_ms / p99))
             return replace(state, effort=max(self.floor, state.effort * cut), streak=0)
         if state.peak_ms > wanted_ms:
             return replace(state, streak=0)
@@ -152,8 +177,8 @@ class Pi:
     slo_ms: float
     margin: float = 0.8
     kp: float = 0.1
-    ki_per_s: float = 0.02
-    haste: float = 5.0
+    ki_per_s: float = 0.04
+    haste: float = 2.5
     limit: float = 1.5
     floor: float = FLOOR
 
@@ -164,7 +189,7 @@ class Pi:
         state = remember(state, window, self.slo_ms)
         error = self._error(state.peak_ms)
         if error < 0:
-            error = min(0.0, self._error(min(window.p99_ms or 0.0, WORST * self.slo_ms)))
+            error = min(0.0, self._error(shown_ms(window, self.slo_ms)))
         gain = self.ki_per_s * (self.haste if error < 0 else 1.0)
         proportional = self.kp * error
         integral = state.integral + gain * window.length_s * error

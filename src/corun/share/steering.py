@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from corun.clock import NS_PER_S
+from corun.clock import NS_PER_MS, NS_PER_S
 from corun.share.brakes import Mode
 from corun.share.controllers import Controller, State, Window, ladder, percentile_ms
 from corun.share.forecast import Forecaster, Headroom
@@ -35,10 +35,11 @@ class Wish:
 class Steering(Protocol):
     """Learns from windows in order. micro, step_ms: parts of a step at present and how long each took (0 = unknown).
 
-    first: its wish before the first window has ended.
+    first: its wish before the first window has ended. bound_ms: replies slower than this are counted, 0 = none.
     """
 
     window_s: float
+    bound_ms: float
     first: Wish
 
     def steer(self, window: Window, micro: int, step_ms: float) -> Wish: ...
@@ -49,6 +50,7 @@ class SloSteering:
 
     def __init__(self, controller: Controller, window_s: float) -> None:
         self.window_s = window_s
+        self.bound_ms = controller.slo_ms
         self._controller = controller
         self._state = State()
         self.first = Wish(effort=self._state.effort)
@@ -64,6 +66,8 @@ class PredictiveSteering:
     The service time is the fifth percentile of the latencies seen (a request that met neither queue nor trainer),
     smoothed over windows.
     """
+
+    bound_ms = 0.0
 
     def __init__(self, forecaster: Forecaster, headroom: Headroom, window_s: float) -> None:
         self.window_s = window_s
@@ -84,6 +88,8 @@ class PredictiveSteering:
 
 class SlackSteering:
     """Feed-forward for the micro-step: as long as the bound leaves room for at the load of the last windows."""
+
+    bound_ms = 0.0
 
     def __init__(self, slo_ms: float, micro_max: int, window_s: float) -> None:
         self.window_s = window_s
@@ -131,12 +137,14 @@ class Watch:
         latencies, self._cursors = self._page.latencies_since(self._cursors)
         arrivals = self._page.arrivals
         self.p99_ms = percentile_ms(latencies)
+        bound_ns = self._steering.bound_ms * NS_PER_MS
         window = Window(
             length_s=(now - self._began) / NS_PER_S,
             replies=len(latencies),
             p99_ms=self.p99_ms,
             arrivals=arrivals - self._arrivals,
             service_ms=percentile_ms(latencies, SERVICE_PERCENTILE),
+            over=sum(latency > bound_ns for latency in latencies) if bound_ns else None,
         )
         self.wish = self._steering.steer(window, micro, step_ms)
         self._began, self._arrivals = now, arrivals

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from corun.clock import NS_PER_MS
 from corun.errors import InputError
@@ -16,11 +17,13 @@ from corun.share.brakes import GO_ON, LEAST_REST_NS, LOOK_AGAIN_NS, Brakes
 from corun.share.controllers import (
     BELOW_KNEE,
     CREEP_PER_S,
+    LUCK,
     Aimd,
     Controller,
     Pi,
     State,
     Window,
+    breaks,
     ladder,
     make_controller,
     percentile_ms,
@@ -115,6 +118,28 @@ def test_one_good_window_after_a_bad_one_gives_no_room(state: State, slow: float
     aimd = Aimd(SLO_MS)
     broken = aimd.next(state, Window(1, 10, slow))
     assert aimd.next(broken, Window(1, 10, 1.0)).effort <= broken.effort
+
+
+def test_one_slow_reply_proves_nothing() -> None:
+    """One of 68 over the bound is what a kept p99 looks like: a little less effort, no knee, and soon forgotten."""
+    assert not breaks(Window(5, 68, 3 * SLO_MS, over=1), SLO_MS)
+    assert breaks(Window(5, 68, 3 * SLO_MS, over=3), SLO_MS)
+    assert breaks(Window(5, 68, 3 * SLO_MS), SLO_MS)
+    assert not breaks(Window(5, 68, 0.9 * SLO_MS, over=0), SLO_MS)
+    for controller in CONTROLLERS:
+        state = controller.next(State(1.0, 1.0), Window(5, 68, 3 * SLO_MS, over=1))
+        assert 0.7 < state.effort < 1
+        assert math.isinf(state.knee)
+        for _ in range(4):
+            state = controller.next(state, Window(5, 68, 0.3 * SLO_MS, over=0))
+        assert state.effort == 1
+
+
+@given(st.integers(1, 5000), st.floats(1.01, 50))
+def test_a_kept_p99_seldom_passes_for_a_broken_one(replies: int, factor: float) -> None:
+    """Of windows whose replies are over the bound in 1 of 100, fewer than LUCK count as broken (binomial, exactly)."""
+    worst = next(over for over in range(replies + 2) if breaks(Window(5, replies, factor, over=over), 1.0))
+    assert special.bdtrc(worst - 1, replies, 0.01) < LUCK
 
 
 def test_aimd_stays_below_the_effort_that_broke_the_bound_until_the_load_is_gone() -> None:

@@ -87,6 +87,7 @@ def test_a_window_of_observations_begins_with_the_measured_one(page: Page) -> No
 
     class Recording:
         window_s = 1.0
+        bound_ms = 0.0
         first = Wish()
 
         def steer(self, window: Window, micro: int, step_ms: float) -> Wish:
@@ -187,8 +188,9 @@ def test_a_session_can_free_the_trainer(page: Page, setting: str) -> None:
 class Recorder:
     """A steering that writes down its windows and wishes what it is told."""
 
-    def __init__(self, wish: Wish, window_s: float = 1.0) -> None:
+    def __init__(self, wish: Wish, window_s: float = 1.0, bound_ms: float = 0.0) -> None:
         self.window_s = window_s
+        self.bound_ms = bound_ms
         self.first = wish
         self.wish = wish
         self.seen: list[tuple[Window, int, float]] = []
@@ -199,8 +201,8 @@ class Recorder:
 
 
 def test_a_window_tells_what_happened_in_it(page: Page) -> None:
-    """A steering gets each window once: its replies, arrivals, p99, and how long a micro-step took."""
-    time, recorder = Time(), Recorder(Wish(effort=1.0))
+    """A steering gets each window once: its replies, those over its bound, arrivals, p99, and how long a micro-step took."""
+    time, recorder = Time(), Recorder(Wish(effort=1.0), bound_ms=6.0)
     gate = _gate(page, time, steerings={Mode.SLO: lambda: recorder}, micro_max=8)
     page.mode = Mode.SLO
     service = Announcer(page, 0, clock=time.clock, beating=False)
@@ -215,7 +217,7 @@ def test_a_window_tells_what_happened_in_it(page: Page) -> None:
         time.advance(40 * NS_PER_MS)
     (window, micro, step_ms), *rest = recorder.seen
     assert rest == []
-    assert (window.replies, window.arrivals, window.p99_ms, micro) == (3, 4, 9.0, 1)
+    assert (window.replies, window.over, window.arrivals, window.p99_ms, micro) == (3, 2, 4, 9.0, 1)
     assert window.length_s >= 1.0
     assert step_ms == pytest.approx(40.0)
     assert page.last_p99_ns == 9 * NS_PER_MS
