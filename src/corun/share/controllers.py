@@ -113,9 +113,10 @@ def shown_ms(window: Window, slo_ms: float) -> float:
 def remember(state: State, window: Window, slo_ms: float) -> State:
     """The state with peak, rate and knee after a window; the effort is that of the window still.
 
-    Peak and rate are what the window showed, or what is left of them. The knee is where the bound begins to break: windows over it right after one are the queue of the same overload. It creeps upwards, and
-    is forgotten when the burst is over, so that a training job is back at full speed a few windows later. (Low latency
-    alone proves nothing, it is what cutting has brought about.)
+    Peak and rate are what the window showed, or what is left of them. The knee is where the bound begins to break: windows
+    over it right after one are the queue of the same overload. It creeps upwards, and is forgotten when the burst is over,
+    so that a training job is back at full speed a few windows later. (Low latency alone proves nothing, it is what cutting
+    has brought about.)
     """
     fresh, left = state.peak_ms <= slo_ms, RELEASE_PER_S**window.length_s
     rate = max(window.arrivals / window.length_s, state.rate * left)
@@ -170,8 +171,8 @@ class Pi:
 
     The logarithm because a queue's tail answers to effort about exponentially. Room is given by the peak and taken by the
     last p99; in between e is 0. I integrates ki * e * seconds, `haste` times as fast downwards: room is taken slowly, a
-    broken bound answered quickly. It never pushes the output beyond
-    its limits (anti-windup by clamping), so a long overload or a quiet night winds nothing up.
+    broken bound answered quickly. It never pushes the output beyond its limits (anti-windup by clamping), so a long
+    overload or a quiet night winds nothing up.
     """
 
     slo_ms: float

@@ -161,17 +161,19 @@ class PageGate:
     def knobs(self) -> Knobs:
         """What the next step should be like; under Mode.ELASTIC what the next layer should be."""
         knobs = self._page.knobs
-        if self._page.busy and self._page.mode & Mode.ELASTIC:
-            threads = self._threads_left(knobs.threads or self._cores)
-            self.counted.fewer += threads != knobs.threads
-            return replace(knobs, threads=threads)
-        return knobs
+        if not self._page.busy or not self._page.mode & Mode.ELASTIC:
+            return knobs
+        left = self._cores_left()
+        if left >= (knobs.threads or self._cores):
+            return knobs
+        self.counted.fewer += 1
+        return replace(knobs, threads=left)
 
-    def _threads_left(self, threads: int) -> int:
-        """Threads of the trainer beside those that the pending requests are computed with; never below 1."""
+    def _cores_left(self) -> int:
+        """Cores that the services with pending requests do not compute on; at least 1."""
         slots = self._page.waiting_slots(self._clock(), self._stale_ns)
         taken = sum(self._service_threads[slot] for slot in slots if slot < len(self._service_threads))
-        return min(threads, max(1, self._cores - taken))
+        return max(1, self._cores - taken)
 
     def _steer(self, now: int) -> None:
         mode = Mode(self._page.mode)
