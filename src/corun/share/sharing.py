@@ -245,7 +245,7 @@ class Sharing:
         trainer = self.cast.trainer
         if trainer is None:
             return 0
-        return self.threads(trainer) if active else trainer.threads
+        return self.threads(trainer) if active else max(trainer.threads, self.threads(trainer))
 
     def _switch(self, policy: Policy, active: bool) -> None:
         for member, pid in self._pids.items():

@@ -327,7 +327,10 @@ def _check(options: TrainOptions) -> None:
     if options.micro < 1 or options.run_ahead < 1:
         problems.append(f"micro is {options.micro} and run_ahead {options.run_ahead}; both must be 1 or more")
     if options.layer_gate and options.compile:
-        problems.append("layer_gate and compile exclude each other: compiled code has no layers to stop between")
+        problems.append(
+            "layer_gate and compile exclude each other: compiled code has no layers to stop between; "
+            'under a sharing policy say "layers": false'
+        )
     if options.publish and options.compile:
         problems.append("publish and compile exclude each other: the version in service is a copy of the network")
     if options.publish and options.workers:

@@ -348,13 +348,29 @@ def test_elastic_tells_the_gate_who_computes_with_how_many_threads(host: FakeHos
         (GPU, "computes on a GPU"),
         (replace(CPU, one_process=True), "no process of its own"),
         (Cast((SERVICE,), None), "nobody trains"),
-        (Cast((SERVICE,), replace(TRAINER, threads=1)), "one thread"),
     ],
 )
 def test_elastic_is_refused_where_there_is_no_thread_to_give_up(host: FakeHost, cast: Cast, reason: str) -> None:
-    """On a GPU, inside one process, without a trainer, with a trainer of one thread."""
+    """On a GPU, inside one process, without a trainer, and on a machine of one core."""
     with pytest.raises(InputError, match=reason):
         Sharing.prepare("elastic", cast, host)
+    host.machine_cores = (0,)
+    with pytest.raises(InputError, match="one core only"):
+        Sharing.prepare("elastic", CPU, host)
+
+
+@pytest.mark.parametrize(("options", "threads"), [({}, 4), ({"trainer_threads": 2}, 2)])
+def test_an_elastic_trainer_has_the_cores_it_gives_up(host: FakeHost, options: dict[str, int], threads: int) -> None:
+    """All cores or those asked for, though the job was to leave the services theirs; alone it has no fewer."""
+    cast = Cast((SERVICE,), replace(TRAINER, threads=1))
+    with Sharing.prepare({"policy": "elastic", **options}, cast, host) as sharing:
+        assert sharing.page is not None
+        assert sharing.threads(cast.members[-1]) == threads
+        for arm in ("corun", "train"):
+            sharing.enter(arm)
+            assert sharing.page.knobs.threads == threads
+    with pytest.raises(InputError, match="2 or more"):
+        Sharing.prepare({"policy": "elastic", "trainer_threads": 1}, cast, host)
 
 
 @pytest.mark.parametrize(("cast", "least"), [(CPU, 1), (GPU, 0), (replace(CPU, one_process=True), 0)])

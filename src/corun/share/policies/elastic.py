@@ -17,15 +17,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from corun.errors import InputError
 from corun.share.brakes import Mode
 from corun.share.host import Host
-from corun.share.policy import Cast, Kind, Policy, Rule, no_process_of_its_own
+from corun.share.policy import Cast, Kind, Member, Policy, Rule, no_process_of_its_own
 
 
 @dataclass
 class Elastic(Policy):
-    """layers: threads follow the queue between layers (no torch.compile), else between steps only."""
+    """trainer_threads: of the trainer while nothing is pending, 0 = all cores, whatever the job says: they are lent.
 
+    layers: threads follow the queue between layers (no torch.compile), else between steps only.
+    """
+
+    trainer_threads: int = 0
     layers: bool = True
 
     name: ClassVar[str] = "elastic"
@@ -33,12 +38,19 @@ class Elastic(Policy):
     summary: ClassVar[str] = "the trainer gives up a thread for each core that pending requests take"
     live: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.trainer_threads < 0 or self.trainer_threads == 1:
+            raise InputError(f"trainer_threads is {self.trainer_threads}; give 2 or more, or 0 for all cores")
+
+    def threads(self, member: Member, host: Host) -> int | None:
+        return (self.trainer_threads or len(host.cores)) if member.trains else None
+
     def refusals(self, host: Host, cast: Cast) -> list[str]:
         problems = no_process_of_its_own(cast)
         if cast.on_gpu:
             problems.append("it is about cores, and the trainer or a service computes on a GPU")
-        if len(host.cores) < 2 or (cast.trainer and cast.trainer.threads < 2):
-            problems.append("the trainer has one thread, and cannot go on with fewer")
+        if len(host.cores) < 2:
+            problems.append("this process may use one core only; the trainer has no second one to give up")
         return problems
 
     def rule(self) -> Rule | None:
